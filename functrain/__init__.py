@@ -1,0 +1,32 @@
+"""functrain: train JAX models whose parts learn differently.
+
+A pure `train_step` returns gradients; a partition splits them by path; each part has its own optax transform.
+"""
+
+from functrain.accumulate import Accumulated, AccumulationError, accumulate, zeros
+from functrain.gradients import Loss, LossError, make_train_step
+from functrain.learning_rate import with_lr
+from functrain.optimizer import FROZEN, Optimizer, OptimizerError
+from functrain.partition import Partition, partition, take
+from functrain.paths import PartitionError, flatten, non_float, unflatten
+
+__all__ = [
+    "FROZEN",
+    "Accumulated",
+    "AccumulationError",
+    "Loss",
+    "LossError",
+    "Optimizer",
+    "OptimizerError",
+    "Partition",
+    "PartitionError",
+    "accumulate",
+    "flatten",
+    "make_train_step",
+    "non_float",
+    "partition",
+    "take",
+    "unflatten",
+    "with_lr",
+    "zeros",
+]

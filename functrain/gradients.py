@@ -1,0 +1,176 @@
+"""Pure gradients, by part."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from functrain.partition import Partition
+from functrain.paths import PyTree, flatten, listed, non_float
+
+CONTEXT = ("key", "model_state", "step")
+
+
+class LossError(ValueError):
+    """A loss function, or what it returned, that no gradient can be taken of."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What a loss function returns: the value to minimise, and what else came out of the forward pass.
+
+    >>> loss = Loss(jnp.float32(0.5), weight=32, metrics={"accuracy": 0.9})
+    >>> float(loss.total), loss.weight
+    (0.5, 32)
+
+    Attributes:
+      value: a floating-point scalar, or a dict of named ones, of which the sum is minimised.
+      weight: what the mean in `value` is over (examples, unmasked tokens): a scalar >= 0, by which accumulation weighs
+        gradients.
+      metrics: any pytree to report; no gradient flows through it.
+      model_state: state that the forward pass changes and no optimizer does (batch statistics). None: as it was.
+    """
+
+    value: Any
+    weight: Any = 1
+    metrics: Any = dataclasses.field(default_factory=dict)
+    model_state: Any = None
+
+    @property
+    def total(self) -> Any:
+        """The scalar that is minimised."""
+        return sum(self.value.values()) if isinstance(self.value, Mapping) else self.value
+
+
+def make_train_step(
+    loss_fn: Callable[..., Any], parts: Partition | None = None, *, wrt: str | Sequence[str] | None = None
+) -> Callable[..., tuple[Any, Loss]]:
+    """Makes a pure function that returns the gradients of a loss.
+
+    >>> params = {"encoder": jnp.float32(2.0), "head": jnp.float32(3.0)}
+    >>> train_step = make_train_step(lambda params, batch: params["encoder"] * params["head"] * batch)
+    >>> grads, loss = train_step(params, 5.0)
+    >>> float(loss.value), float(grads["encoder"]), float(grads["head"])
+    (30.0, 15.0, 10.0)
+
+    Args:
+      loss_fn: `loss_fn(params, batch)`, pure, returns a scalar or a `Loss`. It may also declare any of `key`,
+        `model_state` and `step`, which it is then given by keyword.
+      parts: with a partition the gradients come split, `{part: {path: gradient}}`; without, as a tree like params.
+      wrt: the parts to differentiate, usually `optim.trained`; None for all. What is not named costs nothing: no
+        backward pass, no buffer.
+
+    Returns:
+      `train_step(params, batch, *, key=None, model_state=None, step=None) -> (grads, loss)`. Each gradient has its
+      parameter's shape and dtype. `loss` is always a `Loss`; its `model_state` is the new one, or the given one where
+      `loss_fn` returns none. A keyword that `loss_fn` does not declare is ignored.
+
+    Raises:
+      LossError: `loss_fn` requires an argument that functrain does not know; and from `train_step`, when traced: a
+        declared argument that was not given, a value that is no floating-point scalar, a negative weight, a leaf in a
+        differentiated part that is not floating point.
+      PartitionError: `wrt` names an unknown part, or params are not of the partition's structure.
+    """
+    accepted = _accepted_context(loss_fn)
+    if parts is None and wrt is not None:
+        raise LossError(f"wrt={wrt!r} needs a partition: make_train_step(loss_fn, parts, wrt=...)")
+    if parts is not None:
+        wrt = parts.names if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
+        parts.check_names(wrt, "wrt")
+
+    def train_step(
+        params: PyTree, batch: Any, *, key: Any = None, model_state: Any = None, step: Any = None
+    ) -> tuple[Any, Loss]:
+        given = {"key": key, "model_state": model_state, "step": step}
+        context = {name: given[name] for name in accepted if given[name] is not None or accepted[name]}
+        if absent := [name for name in context if context[name] is None]:
+            raise LossError(f"{_name(loss_fn)} declares {listed(absent)}: call train_step(..., {absent[0]}=...)")
+
+        def objective(differentiated: Any) -> tuple[jax.Array, Loss]:
+            whole = differentiated if parts is None else parts.merge(differentiated, into=params)
+            # Flax NNX refuses Variables that were made outside of the function that is differentiated.
+            inner = {name: jax.tree.map(lambda leaf: leaf, value) for name, value in context.items()}
+            loss = _completed(loss_fn(whole, batch, **inner), loss_fn, model_state)
+            return loss.total, loss
+
+        if parts is None:
+            differentiated = params
+        else:
+            split = parts.split(params)
+            differentiated = {part: split[part] for part in wrt or ()}
+        _check_differentiable(differentiated, split=parts is not None)
+        grads, loss = jax.grad(objective, has_aux=True)(differentiated)
+        return grads, loss
+
+    return train_step
+
+
+def check_weight(weight: Any) -> None:
+    """Raises a LossError for a weight that is no scalar, or is known to be negative without reading a device."""
+    if jnp.shape(weight) != ():
+        raise LossError(f"a weight is one number for the batch, not an array of shape {jnp.shape(weight)}: sum it")
+    if isinstance(weight, int | float | np.number | np.ndarray) and np.less(weight, 0):
+        raise LossError(f"a weight of {weight} is negative: give the number of examples or tokens in the mean")
+
+
+def _accepted_context(loss_fn: Callable[..., Any]) -> dict[str, bool]:
+    """The arguments beyond params and batch that a loss function takes, and whether it requires them."""
+    parameters = inspect.signature(loss_fn).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if len(positional) < 2 and not takes_any:
+        raise LossError(f"{_name(loss_fn)} must take (params, batch), and may declare {listed(CONTEXT)} after them")
+    named = [p for p in parameters if p not in positional[:2] and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    unknown = [p.name for p in named if p.default is p.empty and p.name not in CONTEXT]
+    if unknown:
+        raise LossError(
+            f"{_name(loss_fn)} requires {listed(unknown)}, which functrain does not give: it knows {listed(CONTEXT)};"
+            " put the rest in the batch, or bind it with functools.partial"
+        )
+    accepted = {p.name: p.default is p.empty for p in named if p.name in CONTEXT}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        accepted = {name: accepted.get(name, False) for name in CONTEXT}
+    return accepted
+
+
+def _completed(returned: Any, loss_fn: Callable[..., Any], model_state: Any) -> Loss:
+    """The `Loss` in what a loss function returned, checked, with the model state filled in."""
+    if isinstance(returned, tuple):
+        raise LossError(
+            f"{_name(loss_fn)} returned a tuple: return Loss(value, metrics=...) in the place of (value, aux)"
+        )
+    loss = returned if isinstance(returned, Loss) else Loss(returned)
+    values = loss.value if isinstance(loss.value, Mapping) else {"": loss.value}
+    if not values:
+        raise LossError(f"{_name(loss_fn)} returned no loss: its dict of values is empty")
+    for name, value in values.items():
+        what = f"{_name(loss_fn)} returned for {name!r}" if name else f"{_name(loss_fn)} returned"
+        if not isinstance(value, float | jax.Array | np.ndarray | np.generic):
+            raise LossError(f"{what} {type(value).__name__}: return a scalar, a Loss, or Loss({{name: scalar}})")
+        if jnp.shape(value) != ():
+            raise LossError(f"{what} an array of shape {jnp.shape(value)}: reduce it to a scalar, e.g. with .mean()")
+        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise LossError(f"{what} {jnp.result_type(value)}: a loss must be a real floating-point scalar")
+    check_weight(loss.weight)
+    return loss if loss.model_state is not None else dataclasses.replace(loss, model_state=model_state)
+
+
+def _check_differentiable(differentiated: Any, *, split: bool) -> None:
+    trees = differentiated if split else {"": differentiated}
+    for part, tree in trees.items():
+        bad = [path for path, leaf in flatten(tree).items() if non_float(path, leaf)]
+        if bad:
+            where = f"part {part!r} holds {listed(bad)}" if split else f"params hold {listed(bad)}"
+            raise LossError(
+                f"{where}, which is not floating point and has no gradient: give such leaves a part of their own"
+                ' ("static": ft.non_float) and leave it out of wrt'
+            )
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", None) or repr(function)

@@ -1,0 +1,98 @@
+"""A learning rate that is state: it can be read, set, and given at a step, without recompiling."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class WithLrState(NamedTuple):
+    """The state of `with_lr`: everything but `inner` is a scalar.
+
+    Attributes:
+      learning_rate: float32, the rate last used; before the first step, the rate that it will use.
+      setting: float32, the rate of steps that are not given one; None where a schedule says it.
+      steps: int32, the part's own steps, for the schedule; None where there is none.
+      inner: the state of the transform that the factory made.
+    """
+
+    learning_rate: jax.Array
+    setting: jax.Array | None
+    steps: jax.Array | None
+    inner: Any
+
+
+def with_lr(
+    factory: Callable[..., optax.GradientTransformation], lr: float | jax.Array | optax.Schedule, **rest: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Makes an optax transform whose learning rate is state, not a constant: it can be read, set, and given at a step.
+
+    >>> tx = with_lr(optax.sgd, 0.5, momentum=0.9)
+    >>> params = {"w": jnp.float32(1.0)}
+    >>> updates, state = tx.update({"w": jnp.float32(2.0)}, tx.init(params), params, learning_rate=0.25)
+    >>> float(updates["w"]), float(state.learning_rate), float(state.setting)
+    (-0.5, 0.25, 0.5)
+
+    Only the rate is state; every other argument stays a Python constant, so that 16-bit parameters keep their 16-bit
+    moments and Adam's b2 is not rounded to 1 (which is what `optax.inject_hyperparams` does).
+
+    Args:
+      factory: makes the transform from a rate and the other arguments: `optax.adamw`, or a function of one's own.
+      lr: the rate, or a schedule of the part's own step count. Held as float32.
+      **rest: the factory's other arguments.
+
+    Returns:
+      A transform that takes optax's extra argument `learning_rate`: the rate of that step alone, before any schedule.
+    """
+    parameters = inspect.signature(factory).parameters
+    by_name = "learning_rate" in parameters
+
+    def make(rate: Any) -> optax.GradientTransformationExtraArgs:
+        made = factory(learning_rate=rate, **rest) if by_name else factory(rate, **rest)
+        return optax.with_extra_args_support(made)
+
+    def init(params: Any) -> WithLrState:
+        if callable(lr):
+            steps = jnp.zeros((), jnp.int32)
+            rate = jnp.asarray(lr(steps), jnp.float32)
+            return WithLrState(rate, None, steps, make(rate).init(params))
+        rate = jnp.asarray(lr, jnp.float32)
+        return WithLrState(rate, jnp.array(rate), None, make(rate).init(params))
+
+    def update(
+        updates: Any, state: WithLrState, params: Any = None, *, learning_rate: Any = None, **extra: Any
+    ) -> tuple[Any, WithLrState]:
+        if learning_rate is None:
+            learning_rate = lr(state.steps) if callable(lr) else state.setting
+        rate = jnp.asarray(learning_rate, jnp.float32)
+        updates, inner = make(rate).update(updates, state.inner, params, **extra)
+        steps = None if state.steps is None else optax.safe_increment(state.steps)
+        return updates, WithLrState(rate, state.setting, steps, inner)
+
+    update.__qualname__ = getattr(factory, "__name__", "with_lr")
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def rates_in(state: Any) -> list[WithLrState]:
+    """Every `with_lr` state in a state, outer ones before those within them."""
+    found = [node for node in jax.tree.leaves(state, is_leaf=_is_rate) if _is_rate(node)]
+    return found + [inner for outer in found for inner in rates_in(outer.inner)]
+
+
+def with_rate(state: Any, rate: jax.Array) -> Any:
+    """The state with another constant rate in its `with_lr` state."""
+
+    def replaced(node: Any) -> Any:
+        if not _is_rate(node):
+            return node
+        new = [jnp.full_like(old, rate) for old in (node.learning_rate, node.setting)]
+        return node._replace(learning_rate=new[0], setting=new[1])
+
+    return jax.tree.map(replaced, state, is_leaf=_is_rate)
+
+
+def _is_rate(node: Any) -> bool:
+    return isinstance(node, WithLrState)

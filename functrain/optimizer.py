@@ -1,0 +1,363 @@
+"""One optax transform per part."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from functrain.learning_rate import rates_in, with_rate
+from functrain.partition import Partition, Split, table
+from functrain.paths import PyTree, difference, flatten, listed, non_float, same_structure
+
+
+class OptimizerError(ValueError):
+    """Transforms, gradients, rates or states that do not fit the parts of an optimizer."""
+
+
+class Frozen:
+    """The type of `FROZEN`."""
+
+    def __repr__(self) -> str:
+        return "FROZEN"
+
+
+FROZEN: Final = Frozen()
+"""In the place of a transform: a part that is never updated, and costs no gradient and no state."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Optimizer:
+    """One optax transform per part of a partition.
+
+    >>> from functrain import partition, with_lr
+    >>> params = {"body": jnp.ones(2), "head": jnp.ones(2)}
+    >>> parts = partition(params, {"head": "head", "body": ...})
+    >>> optim = Optimizer(parts, {"head": with_lr(optax.sgd, 0.5), "body": FROZEN})
+    >>> opt_state = optim.init(params)
+    >>> params, opt_state = optim.step(params, {"head": {"head": jnp.ones(2)}}, opt_state)
+    >>> params["head"].tolist(), params["body"].tolist()
+    ([0.5, 0.5], [1.0, 1.0])
+
+    A transform is given flat trees, `{path: leaf}`: so are its masks and callables. `print(optim)` is a table.
+
+    Args:
+      parts: the partition.
+      transforms: for every part an optax transform, or `FROZEN`.
+      clip_norm: the largest global norm, a positive float, that the gradients given to one `step` or `update` may have,
+        all parts together; larger ones are scaled down. To clip a part alone, chain `optax.clip_by_global_norm` with
+        its transform.
+
+    Raises:
+      OptimizerError: a part without a transform, or a transform without a part.
+    """
+
+    parts: Partition
+    transforms: Mapping[str, optax.GradientTransformation | Frozen]
+    clip_norm: float | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        names = self.parts.names
+        if missing := [part for part in names if part not in self.transforms]:
+            raise OptimizerError(f"parts without a transform: {listed(missing)}; give each one, or ft.FROZEN")
+        if unknown := [part for part in self.transforms if part not in names]:
+            raise OptimizerError(f"transforms without a part: {listed(unknown)}; the parts are {listed(names, 30)}")
+        for part, tx in self.transforms.items():
+            if not isinstance(tx, Frozen) and not (hasattr(tx, "init") and hasattr(tx, "update")):
+                raise OptimizerError(f"part {part!r}: {tx!r} is no optax transform; write e.g. optax.adam(1e-3)")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise OptimizerError(f"clip_norm={self.clip_norm}: give a positive norm, or None not to clip")
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The parts that have a transform; what to give to `make_train_step(..., wrt=optim.trained)`."""
+        return tuple(part for part in self.parts.names if not isinstance(self.transforms[part], Frozen))
+
+    def init(self, params: PyTree) -> dict[str, Any]:
+        """The optimizer state of every trained part: `{part: state of its transform}`.
+
+        Called outside of `jit`, moments are laid out as their parameters, and scalars are replicated over their mesh.
+
+        Raises:
+          PartitionError: params are not of the partition's structure.
+          OptimizerError: a shape is not the partition's, a trained leaf is not floating point, or a part has two
+            `with_lr`.
+        """
+        split = self.parts.split(params)
+        self._check_params(split)
+        opt_state = {}
+        for part in self.trained:
+            opt_state[part] = _placed(jax.tree.map(_strong, self._tx(part).init(split[part])), split[part])
+            if len(rates_in(opt_state[part])) > 1:
+                raise OptimizerError(
+                    f"part {part!r} has {len(rates_in(opt_state[part]))} with_lr, of which lr={{{part!r}: ...}} could"
+                    " mean any: keep one, or give each a part of its own"
+                )
+        return opt_state
+
+    def update(
+        self,
+        grads: Mapping[str, Mapping[str, Any]],
+        opt_state: Mapping[str, Any],
+        params: PyTree,
+        *,
+        lr: Mapping[str, Any] | None = None,
+        **extra: Any,
+    ) -> tuple[Split, dict[str, Any]]:
+        """The updates that `step` adds to the parameters, in optax's own form.
+
+        Args:
+          grads: split gradients of any trained parts, `{part: {path: gradient}}`. A part that is not there is left as
+            it is: parameters, decay, moments, counts, schedule.
+          opt_state: from `init` or the last step.
+          params: the whole tree.
+          lr: learning rates of this step alone, by part; parts that make no step now may be named too.
+          **extra: optax's extra arguments (`value=`); given to every transform that takes them.
+
+        Returns:
+          `{part: {path: update}}` of the given parts, and the whole new state, of unchanged structure and dtypes.
+
+        Raises:
+          OptimizerError: gradients or `lr` of an unknown or frozen part; wrong shapes; `lr` for a part without
+            `with_lr`; a state that is not of this optimizer, or that a transform returns in another structure.
+          PartitionError: a part's gradients have not its paths, or params not the partition's structure.
+        """
+        split = self.parts.split(params)
+        self._check_grads(grads, split)
+        self._check_state(opt_state)
+        rates = self._checked_rates(lr, opt_state)
+        if self.clip_norm is not None:
+            grads = _clipped(grads, self.clip_norm)
+        updates: Split = {}
+        new_state = dict(opt_state)
+        for part, flat in grads.items():
+            given = {**extra, "learning_rate": rates[part]} if part in rates else extra
+            # A transform that is given two dtypes returns another state, or fails: it computes in the wider one.
+            state, params_of_part = (_widened(tree, flat, split[part]) for tree in (opt_state[part], split[part]))
+            updates[part], state = self._tx(part).update(dict(flat), state, params_of_part, **given)
+            new_state[part] = _like(state, opt_state[part], part)
+            _check_shapes(updates[part], split[part], f"the updates of part {part!r}")
+        return updates, new_state
+
+    def step(
+        self,
+        params: PyTree,
+        grads: Mapping[str, Mapping[str, Any]],
+        opt_state: Mapping[str, Any],
+        *,
+        lr: Mapping[str, Any] | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, dict[str, Any]]:
+        """Updates the parameters of the parts whose gradients are given. Arguments and errors as for `update`.
+
+        Returns:
+          The whole new params, each leaf of its old dtype, and the new state.
+        """
+        updates, opt_state = self.update(grads, opt_state, params, lr=lr, **extra)
+        split = self.parts.split(params)
+        new = {part: optax.apply_updates(split[part], updates[part]) for part in updates}
+        return self.parts.merge(new, into=params), opt_state
+
+    def learning_rates(self, opt_state: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The rates last used, or set since, of the parts that have a `with_lr`: `{part: float32 scalar}`."""
+        self._check_state(opt_state)
+        found = {part: rates_in(opt_state[part]) for part in self.trained}
+        return {part: states[0].learning_rate for part, states in found.items() if states}
+
+    def with_learning_rates(self, opt_state: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
+        """The same state with other learning rates from now on.
+
+        Args:
+          opt_state: from `init` or the last step.
+          rates: `{part: scalar}`.
+
+        Raises:
+          OptimizerError: an unknown or frozen part, one without `with_lr`, or one whose rate a schedule says.
+        """
+        self._check_state(opt_state)
+        new_state = dict(opt_state)
+        for part, rate in self._checked_rates(rates, opt_state).items():
+            if rates_in(opt_state[part])[0].setting is None:
+                raise OptimizerError(
+                    f"the rate of part {part!r} follows a schedule and can't be set for good: give it at each step,"
+                    f" step(..., lr={{{part!r}: ...}}), or make the part with a constant rate"
+                )
+            new_state[part] = with_rate(opt_state[part], rate)
+        return new_state
+
+    def shardings(self, params_shardings: PyTree) -> dict[str, Any]:
+        """The shardings of the optimizer state, from those of the parameters; for `jax.jit(..., out_shardings=)`.
+
+        Args:
+          params_shardings: a tree like params, of shardings: `jax.tree.map(lambda p: p.sharding, params)`.
+
+        Returns:
+          A tree like the state: a parameter's sharding for state that is shaped like it; replicated for the rest.
+        """
+        split = self.parts.split(params_shardings)
+        shapes = {leaf.path: leaf for leaf in self.parts.leaves}
+        state_shardings = {}
+        for part in self.trained:
+            flat = {path: jax.ShapeDtypeStruct(shapes[path].shape, shapes[path].dtype) for path in split[part]}
+            state = jax.eval_shape(self._tx(part).init, flat)
+            state_shardings[part] = _state_shardings(state, flat, split[part])
+        return state_shardings
+
+    def __str__(self) -> str:
+        return table(self.parts, "optimizer", [_described(self.transforms[part]) for part in self.parts.names])
+
+    def __repr__(self) -> str:
+        described = ", ".join(f"{part}: {_described(tx)}" for part, tx in self.transforms.items())
+        return f"Optimizer({described})"
+
+    def _tx(self, part: str) -> optax.GradientTransformationExtraArgs:
+        tx = self.transforms[part]
+        assert not isinstance(tx, Frozen)
+        return optax.with_extra_args_support(tx)
+
+    def _check_params(self, split: Split) -> None:
+        known = {leaf.path: leaf.shape for leaf in self.parts.leaves}
+        for part in self.trained:
+            if bad := [path for path, leaf in split[part].items() if non_float(path, leaf)]:
+                raise OptimizerError(
+                    f"part {part!r} is trained, but holds {listed(bad)}, which is not floating point: give such leaves"
+                    ' a part of their own ("static": ft.non_float) and make it ft.FROZEN'
+                )
+            for path, leaf in split[part].items():
+                if jnp.shape(leaf) != known[path]:
+                    raise OptimizerError(
+                        f"{path!r} has shape {jnp.shape(leaf)}, but {known[path]} when it was partitioned: partition"
+                        " these params, or give those"
+                    )
+
+    def _check_grads(self, grads: Mapping[str, Mapping[str, Any]], split: Split) -> None:
+        hint = "split gradients come from make_train_step(loss_fn, parts, wrt=optim.trained) or parts.split(grads)"
+        if not isinstance(grads, Mapping):
+            raise OptimizerError(
+                f"gradients must be split, {{part: {{path: gradient}}}}, not {type(grads).__name__}: {hint}"
+            )
+        if unknown := [part for part in grads if part not in self.parts.names]:
+            raise OptimizerError(
+                f"gradients of unknown parts: {listed(unknown)}; the parts are {listed(self.parts.names, 30)}; {hint}"
+            )
+        if frozen := [part for part in grads if part not in self.trained]:
+            raise OptimizerError(
+                f"gradients of frozen parts: {listed(frozen)}; do not compute them:"
+                " make_train_step(loss_fn, parts, wrt=optim.trained)"
+            )
+        for part, flat in grads.items():
+            self.parts.check_part(part, flat)
+            _check_shapes(flat, split[part], f"the gradients of part {part!r}", per_example=True)
+
+    def _check_state(self, opt_state: Mapping[str, Any]) -> None:
+        if set(opt_state) != set(self.trained):
+            raise OptimizerError(
+                f"the optimizer state is of the parts {listed(opt_state)}, the optimizer trains {listed(self.trained)}:"
+                " use optim.init(params) of this optimizer"
+            )
+
+    def _checked_rates(self, lr: Mapping[str, Any] | None, opt_state: Mapping[str, Any]) -> dict[str, jax.Array]:
+        rates = {}
+        for part, rate in (lr or {}).items():
+            if part not in self.parts.names:
+                raise OptimizerError(f"lr for the unknown part {part!r}; the parts are {listed(self.parts.names, 30)}")
+            if part not in self.trained:
+                raise OptimizerError(
+                    f"lr for part {part!r}, which is frozen: give it a transform, or leave it out of lr"
+                )
+            if not rates_in(opt_state[part]):
+                raise OptimizerError(
+                    f"lr for part {part!r}, whose transform has no rate to set: make it with"
+                    " ft.with_lr(optax.adam, 1e-3) in the place of optax.adam(1e-3)"
+                )
+            rates[part] = jnp.asarray(rate, jnp.float32)
+        return rates
+
+
+def _check_shapes(flat: Mapping[str, Any], params: Mapping[str, Any], what: str, *, per_example: bool = False) -> None:
+    """Raises unless each leaf is shaped like its parameter, where allowed behind a leading axis of examples."""
+    for path, leaf in flat.items():
+        given, expected = jnp.shape(leaf), jnp.shape(params[path])
+        if given != expected and not (per_example and given[1:] == expected and len(given) > len(expected)):
+            raise OptimizerError(f"{what}: {path!r} has shape {given}, its parameter {expected}; they must be the same")
+
+
+def _clipped(grads: Mapping[str, Mapping[str, Any]], clip_norm: float) -> Split:
+    """The gradients, scaled down together to a global norm of at most `clip_norm`, computed in float32 or wider."""
+    wide = [jnp.asarray(grad, jnp.promote_types(jnp.result_type(grad), jnp.float32)) for grad in jax.tree.leaves(grads)]
+    scale = jnp.minimum(1.0, clip_norm / jnp.sqrt(sum(jnp.sum(jnp.square(jnp.abs(grad))) for grad in wide)))
+    return {
+        part: {path: (grad * scale).astype(jnp.result_type(grad)) for path, grad in flat.items()}
+        for part, flat in grads.items()
+    }
+
+
+def _strong(leaf: Any) -> jax.Array:
+    """The leaf as an array whose dtype does not yield to others."""
+    array = jnp.asarray(leaf)
+    return jax.lax.convert_element_type(array, array.dtype) if _is_weak(array) else array
+
+
+def _is_weak(array: Any) -> bool:
+    return getattr(array, "weak_type", False)  # Arrays of random keys have no such attribute.
+
+
+def _widened(tree: Any, grads: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
+    """A state, or parameters, with the leaves of their parameter's dtype in their gradient's, where that is wider."""
+
+    def widened(keys: tuple[Any, ...], leaf: Any) -> Any:
+        path = _path_among(params, keys)
+        if path is None:
+            return leaf
+        narrow, wide = jnp.result_type(params[path]), jnp.result_type(grads[path])
+        is_narrow = leaf.dtype == narrow and narrow.itemsize < wide.itemsize
+        return leaf.astype(wide) if is_narrow else leaf
+
+    return jax.tree_util.tree_map_with_path(widened, tree)
+
+
+def _path_among(params: Mapping[str, Any], keys: tuple[Any, ...]) -> str | None:
+    """The parameter that a leaf of a state belongs to: a transform keeps the keys of the flat tree it was given."""
+    names = (getattr(key, "key", None) for key in reversed(keys))
+    return next((name for name in names if name in params), None)
+
+
+def _like(new: Any, old: Any, part: str) -> Any:
+    """A state as its transform returned it, with the dtypes of the state before."""
+    if not same_structure(new, old):
+        differs = difference(flatten(new), flatten(old)) or "has other node types or static fields"
+        raise OptimizerError(
+            f"part {part!r}: the state that its transform returns is not of the structure of the one it was given: it"
+            f" {differs}; if the state was restored, restore it like optim.init(params)"
+        )
+    return jax.tree.map(
+        lambda after, before: _strong(after) if after.dtype == before.dtype else after.astype(before.dtype), new, old
+    )
+
+
+def _placed(state: Any, params: Mapping[str, Any]) -> Any:
+    """The state on the devices of its parameters, so that a compiled step returns it where it was."""
+    concrete = all(isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer) for p in params.values())
+    if not concrete or not any(p.committed for p in params.values()):
+        return state
+    shardings = {path: p.sharding for path, p in params.items()}
+    return jax.device_put(state, _state_shardings(state, params, shardings))
+
+
+def _state_shardings(state: Any, params: Mapping[str, Any], shardings: Mapping[str, Any]) -> Any:
+    """A parameter's sharding for each leaf of a state that is named and shaped like it, replicated for the others."""
+    like = next(iter(shardings.values()))
+    replicated = jax.NamedSharding(like.mesh, jax.P()) if isinstance(like, jax.NamedSharding) else like
+
+    def of(keys: tuple[Any, ...], leaf: Any) -> Any:
+        path = _path_among(params, keys)
+        return shardings[path] if path is not None and leaf.shape == params[path].shape else replicated
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def _described(tx: optax.GradientTransformation | Frozen) -> str:
+    """What made a transform: its factory for `with_lr`, for others as much as the name of its update function tells."""
+    return "frozen" if isinstance(tx, Frozen) else tx.update.__qualname__.split(".<locals>")[0]

@@ -1,0 +1,346 @@
+"""The partition: which leaf belongs to which part, resolved once from the parameters and never again."""
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from functrain.paths import (
+    Flat,
+    PartitionError,
+    PyTree,
+    Selector,
+    check_paths,
+    counted,
+    describe,
+    difference,
+    flatten,
+    listed,
+    matcher,
+    unmatched,
+)
+
+Split = dict[str, Flat]
+
+
+class Leaf(NamedTuple):
+    """What a partition knows of a leaf; `shape` and `dtype` are None for a leaf that is no array."""
+
+    path: str
+    part: str
+    shape: tuple[int, ...] | None
+    dtype: Any
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Partition:
+    """A total, disjoint assignment of the leaves of a tree to named parts; made by `partition`.
+
+    It is immutable and hashable, and free at run time: under `jit`, splitting and merging leave no operation behind.
+    `print(parts)` is a table of the parts.
+
+    Attributes:
+      names: the parts, in the order of their rules.
+      leaves: every leaf, in the tree's order.
+      selectors: what each part was selected by, for display.
+    """
+
+    names: tuple[str, ...]
+    leaves: tuple[Leaf, ...]
+    selectors: tuple[str, ...]
+    treedef: jax.tree_util.PyTreeDef
+
+    def paths(self, part: str) -> tuple[str, ...]:
+        """The paths of a part's leaves, in the tree's order.
+
+        >>> partition({"a": 1.0, "b": 2.0, "c": 3.0}, {"first": "a", "rest": ...}).paths("rest")
+        ('b', 'c')
+        """
+        self.check_names([part], "paths")
+        return tuple(self._index[part])
+
+    def split(self, tree: PyTree) -> Split:
+        """Splits a whole tree into its parts.
+
+        >>> parts = partition({"conv": {"kernel": 1.0, "bias": 2.0}}, {"bias": "**/bias", "rest": ...})
+        >>> parts.split({"conv": {"kernel": 3.0, "bias": 4.0}})
+        {'bias': {'conv/bias': 4.0}, 'rest': {'conv/kernel': 3.0}}
+
+        Args:
+          tree: a tree of the structure that the partition was made from. Its leaves may be anything: gradients,
+            shardings, masks, per-example gradients.
+
+        Returns:
+          `{part: {path: leaf}}`, plain dicts, with every part.
+
+        Raises:
+          PartitionError: the tree's structure is another one; says which leaves are missing or extra.
+        """
+        leaves = self._leaves_of(tree, "the tree to split")
+        return {part: {path: leaves[i] for path, i in index.items()} for part, index in self._index.items()}
+
+    def merge(self, split: Mapping[str, Mapping[str, Any]], *, into: PyTree = None) -> PyTree:
+        """Puts parts together to a whole tree: the inverse of `split`.
+
+        >>> parts = partition({"a": 1.0, "b": [2.0]}, {"first": "a", "rest": ...})
+        >>> parts.merge({"first": {"a": 3.0}}, into={"a": 1.0, "b": [2.0]})
+        {'a': 3.0, 'b': [2.0]}
+
+        Args:
+          split: `{part: {path: leaf}}`; every part, unless `into` is given.
+          into: a whole tree that the leaves of absent parts are taken from.
+
+        Raises:
+          PartitionError: an unknown or a missing part, or a part with missing or extra leaves.
+        """
+        self.check_names(split, "merge")
+        absent = [part for part in self.names if part not in split]
+        if absent and into is None:
+            raise PartitionError(f"merge lacks the parts {listed(absent)}: give them, or write merge(split, into=tree)")
+        leaves = [None] * len(self.leaves) if into is None else self._leaves_of(into, "the tree to merge into")
+        for part, flat in split.items():
+            index = self._index[part]
+            self.check_part(part, flat)
+            for path, i in index.items():
+                leaves[i] = flat[path]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def labels(self, values: Mapping[str, Any] | None = None) -> PyTree:
+        """A whole tree that holds at each leaf its part's name, or its part's value.
+
+        >>> parts = partition({"a": 1.0, "b": [2.0]}, {"first": "a", "rest": ...})
+        >>> parts.labels()
+        {'a': 'first', 'b': ['rest']}
+        >>> parts.labels({"first": 0.0, "rest": 0.1})
+        {'a': 0.0, 'b': [0.1]}
+
+        Args:
+          values: a value for every part (a sharding, a decay, a dtype); None for the part's name.
+
+        Raises:
+          PartitionError: a part without a value, or a value for an unknown part.
+        """
+        if values is None:
+            values = {part: part for part in self.names}
+        self.check_names(values, "labels")
+        if absent := [part for part in self.names if part not in values]:
+            raise PartitionError(f"labels needs a value for every part: add {listed(absent)}")
+        return jax.tree.unflatten(self.treedef, [values[leaf.part] for leaf in self.leaves])
+
+    def table(self, *, paths: bool = False) -> str:
+        """The parts as a table: leaves, parameters, bytes, selector, and with `paths` each leaf's shape and dtype.
+
+        >>> print(partition({"a": jax.numpy.ones((2, 3)), "b": jax.numpy.ones(4)}, {"first": "a", "rest": ...}))
+        part   leaves  parameters  bytes  selector
+        first       1           6   24 B  'a'
+        rest        1           4   16 B  ...
+        total       2          10   40 B
+        """
+        return table(self, "selector", self.selectors, paths=paths)
+
+    def check_names(self, names: Any, where: str) -> None:
+        """Raises a PartitionError that names the known parts, if one of the names is unknown."""
+        if unknown := [name for name in names if name not in self._index]:
+            raise PartitionError(f"{where}: unknown part {listed(unknown)}; the parts are {listed(self.names, 30)}")
+
+    def check_part(self, part: str, flat: Mapping[str, Any]) -> None:
+        """Raises a PartitionError unless `flat` has exactly the paths of the part."""
+        if not isinstance(flat, Mapping):
+            raise PartitionError(f"part {part!r} must be a dict of path to leaf as split() gives it, not {type(flat)}")
+        if flat.keys() != self._index[part].keys():
+            check_paths(flat, self._index[part], f"part {part!r}")
+
+    @functools.cached_property
+    def _index(self) -> dict[str, dict[str, int]]:
+        index: dict[str, dict[str, int]] = {part: {} for part in self.names}
+        for i, leaf in enumerate(self.leaves):
+            index[leaf.part][leaf.path] = i
+        return index
+
+    def _leaves_of(self, tree: PyTree, what: str) -> list[Any]:
+        leaves, treedef = jax.tree.flatten(tree)
+        if treedef == self.treedef:
+            return leaves
+        differs = difference(flatten(tree), [leaf.path for leaf in self.leaves])
+        if not differs:
+            given, expected = _around_first_difference(str(treedef), str(self.treedef))
+            differs = f"has the same paths, but its node types or static fields differ: {given} where {expected} was"
+        raise PartitionError(
+            f"{what} is not of the structure that was partitioned: it {differs}; give a tree like the one that"
+            " partition() was given, or make a partition of this one"
+        )
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{part}: {counted(len(self._index[part]))}" for part in self.names)
+        return f"Partition({counts})"
+
+
+def partition(
+    params: PyTree, rules: Mapping[str, Selector], *, overlap: Literal["first", "error"] = "first"
+) -> Partition:
+    """Assigns every leaf of a tree to a named part.
+
+    >>> params = {"conv": {"kernel": 1.0, "bias": 2.0}, "head": {"kernel": 3.0, "bias": 4.0}}
+    >>> partition(params, {"biases": "**/bias", "head": "head", "rest": ...})
+    Partition(biases: 2 leaves, head: 1 leaf, rest: 1 leaf)
+
+    Rules are tried in order, and the first that matches takes the leaf, as Burn's `GradientsParams::from_module`
+    takes gradients out of those that are left.
+
+    Args:
+      params: any pytree of arrays or `jax.ShapeDtypeStruct`s; non-array leaves are kept.
+      rules: `{part: selector}`; see `functrain.paths.matcher` for selectors. `...` is all that is left.
+      overlap: "first": the first rule takes a leaf that several match; "error": that is an error. A rule that is
+        `...` never overlaps.
+
+    Raises:
+      PartitionError: a rule takes no leaf (says which names come nearest, or which rule took them before), a leaf that
+        no rule takes, two leaves with one path, two rules for one leaf with `overlap="error"`.
+    """
+    if overlap not in ("first", "error"):
+        raise PartitionError(f"overlap={overlap!r}: write 'first' or 'error'")
+    flat = flatten(params)
+    if not flat:
+        raise PartitionError("the tree has no leaves: give partition() the parameters")
+    _warn_of_shared_arrays(flat)
+    owner = _owners(flat, rules, overlap)
+    if uncovered := [path for path in flat if path not in owner]:
+        raise PartitionError(
+            f"no rule takes {listed(uncovered)}: add a rule for {'it' if len(uncovered) == 1 else 'them'},"
+            ' or "rest": ... for all that is left'
+        )
+    return Partition(
+        names=tuple(rules),
+        leaves=tuple(Leaf(path, owner[path], *_shape_dtype(leaf)) for path, leaf in flat.items()),
+        selectors=tuple(describe(selector) for selector in rules.values()),
+        treedef=jax.tree.structure(params),
+    )
+
+
+def take(tree: PyTree, selector: Selector) -> tuple[Flat, Flat]:
+    """Takes the leaves that a selector matches out of a tree, as Burn's `GradientsParams::from_module` does.
+
+    >>> grads = {"conv": {"kernel": 1.0, "bias": 2.0}, "head": 3.0}
+    >>> bias, rest = take(grads, "conv/bias")
+    >>> conv, rest = take(rest, "conv")
+    >>> conv, rest
+    ({'conv/kernel': 1.0}, {'head': 3.0})
+
+    Args:
+      tree: any pytree, or what an earlier `take` left.
+      selector: see `functrain.paths.matcher`.
+
+    Returns:
+      What it took and what is left, both `{path: leaf}`.
+
+    Raises:
+      PartitionError: it takes nothing: misspelt, or taken before.
+    """
+    flat = flatten(tree)
+    if problem := unmatched(selector, flat):
+        raise PartitionError(
+            f"take: {problem} (or an earlier take has it: what one takes is gone from the rest that it returns)"
+        )
+    takes = matcher(selector)
+    taken = {path: leaf for path, leaf in flat.items() if takes(path, leaf)}
+    return taken, {path: leaf for path, leaf in flat.items() if path not in taken}
+
+
+def table(parts: Partition, title: str, cells: Sequence[str], *, paths: bool = False) -> str:
+    """The parts as a text table whose last column has a title and a cell for each part."""
+    rows = [("part", "leaves", "parameters", "bytes", title)]
+    for part, cell in zip(parts.names, cells, strict=True):
+        mine = [leaf for leaf in parts.leaves if leaf.part == part]
+        rows.append((part, *_sums(mine), cell))
+        if paths:
+            rows += [(f"  {leaf.path}", "", *_sums([leaf])[1:], _spec(leaf)) for leaf in mine]
+    rows.append(("total", *_sums(parts.leaves), ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligns = (str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
+    lines = ([align(cell, width) for align, cell, width in zip(aligns, row, widths, strict=True)] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def _owners(flat: Flat, rules: Mapping[str, Selector], overlap: str) -> dict[str, str]:
+    owner: dict[str, str] = {}
+    for part, selector in rules.items():
+        if selector is ...:
+            matched = [path for path in flat if path not in owner]
+        else:
+            takes = matcher(selector)
+            matched = [path for path, leaf in flat.items() if takes(path, leaf)]
+            if problem := unmatched(selector, flat):
+                raise PartitionError(f"rule {part!r}: {problem}")
+        free = [path for path in matched if path not in owner]
+        earlier = dict.fromkeys(owner[path] for path in matched if path in owner)
+        if not free:
+            _raise_shadowed(part, selector, matched, list(earlier))
+        if earlier and overlap == "error":
+            both = [path for path in matched if path in owner]
+            raise PartitionError(
+                f"rule {part!r} also matches {listed(both)} of {listed(earlier)}: make the two selectors disjoint,"
+                " or overlap='first' to let the first rule have them"
+            )
+        owner.update(dict.fromkeys(free, part))
+    return owner
+
+
+def _raise_shadowed(part: str, selector: Selector, matched: list[str], earlier: list[str]) -> None:
+    if not earlier:
+        raise PartitionError(f"rule {part!r}: {describe(selector)} takes no leaf, as earlier rules took all; remove it")
+    raise PartitionError(
+        f"rule {part!r} takes no leaf: {counted(len(matched))} that {describe(selector)} matches went to the earlier"
+        f" rule {listed(earlier)}; put {part!r} before it"
+    )
+
+
+def _warn_of_shared_arrays(flat: Flat) -> None:
+    seen: dict[int, str] = {}
+    for path, leaf in flat.items():
+        is_array = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, jax.core.Tracer)
+        if is_array and seen.setdefault(id(leaf), path) != path:
+            warnings.warn(
+                f"{seen[id(leaf)]!r} and {path!r} are one array, but two parameters, which drift apart from the first"
+                " step on: to tie them, keep one and use it twice in the model; if they are meant to differ, copy one",
+                stacklevel=3,
+            )
+
+
+def _around_first_difference(one: str, other: str, margin: int = 40) -> tuple[str, str]:
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    window = slice(max(0, same - margin), same + margin)
+    return f"'...{one[window]}...'", f"'...{other[window]}...'"
+
+
+def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...] | None, Any]:
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return tuple(leaf.shape), leaf.dtype
+    if isinstance(leaf, int | float | complex):
+        return (), jax.numpy.result_type(leaf)
+    return None, None
+
+
+def _sums(leaves: Sequence[Leaf]) -> tuple[str, str, str]:
+    sizes = [(math.prod(leaf.shape), leaf.dtype.itemsize) for leaf in leaves if leaf.shape is not None]
+    parameters, nbytes = sum(size for size, _ in sizes), sum(size * itemsize for size, itemsize in sizes)
+    return f"{len(leaves):,}", f"{parameters:,}", _bytes(nbytes)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _spec(leaf: Leaf) -> str:
+    return "not an array" if leaf.shape is None else f"{leaf.dtype}{list(leaf.shape)}"
