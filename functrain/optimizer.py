@@ -59,6 +59,7 @@ class Optimizer:
     clip_norm: float | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "transforms", dict(self.transforms))
         names = self.parts.names
         if missing := [part for part in names if part not in self.transforms]:
             raise OptimizerError(f"parts without a transform: {listed(missing)}; give each one, or ft.FROZEN")
@@ -271,6 +272,11 @@ class Optimizer:
                 raise OptimizerError(
                     f"lr for part {part!r}, whose transform has no rate to set: make it with"
                     " ft.with_lr(optax.adam, 1e-3) in the place of optax.adam(1e-3)"
+                )
+            if not isinstance(self.transforms[part], optax.GradientTransformationExtraArgs):
+                raise OptimizerError(
+                    f"lr for part {part!r}: the transform around its with_lr takes no extra arguments, so that the rate"
+                    " would be lost; make it an optax.GradientTransformationExtraArgs that passes them on"
                 )
             rates[part] = jnp.asarray(rate, jnp.float32)
         return rates
