@@ -142,7 +142,7 @@ def _completed(returned: Any, loss_fn: Callable[..., Any], model_state: Any) -> 
     """The `Loss` in what a loss function returned, checked, with the model state filled in."""
     if isinstance(returned, tuple):
         raise LossError(
-            f"{_name(loss_fn)} returned a tuple: return Loss(value, metrics=...) in the place of (value, aux)"
+            f"{_name(loss_fn)} returned a tuple: write Loss(value, metrics=aux) in the place of (value, aux)"
         )
     loss = returned if isinstance(returned, Loss) else Loss(returned)
     values = loss.value if isinstance(loss.value, Mapping) else {"": loss.value}

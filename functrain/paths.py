@@ -229,8 +229,9 @@ def _nearest(selector: str, flat: Flat) -> str:
     if _count(deeper, flat):
         close = [deeper]
     else:
-        anywhere = ["**/" + subtree.rsplit("/", 1)[-1] for subtree in subtrees] if selector.startswith("**") else []
-        close = difflib.get_close_matches(selector, dict.fromkeys(subtrees + anywhere), n=3, cutoff=0.7)
+        as_deep = [subtree for subtree in subtrees if subtree.count("/") == selector.count("/")]
+        anywhere = ["**/" + subtree.rsplit("/", 1)[-1] for subtree in subtrees] if selector.startswith("**/") else []
+        close = difflib.get_close_matches(selector, dict.fromkeys(as_deep + anywhere), cutoff=0.7)
     if close:
         return "did you mean " + " or ".join(f"{name!r} ({counted(_count(name, flat))})" for name in close) + "?"
     top = [subtree for subtree in subtrees if "/" not in subtree] or subtrees

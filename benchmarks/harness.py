@@ -1,0 +1,67 @@
+"""How the benchmarks measure: interleaved rounds in one process, medians of ratios, nothing absolute.
+
+A shared machine changes its speed from one second to the next, so a time on its own says nothing. Each round runs
+every candidate once, in an order that changes, and gives one ratio of each candidate to the first; the median of the
+rounds' ratios is what a table shows.
+"""
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+
+
+def measure(candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 31, calls: int = 20) -> dict[str, float]:
+    """The median ratio of each candidate's time to that of the first one.
+
+    Args:
+      candidates: functions without arguments, each of which does its work once and returns what must be ready.
+      rounds: how many ratios the median is of.
+      calls: how often a candidate is called in a round.
+
+    Returns:
+      `{name: ratio}`, 1.0 for the first, and under "seconds" the first one's median time a call, for scale alone.
+    """
+    for run in candidates.values():
+        jax.block_until_ready(run())
+        jax.block_until_ready(run())
+    names = list(candidates)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                run = candidates[name]
+                start = time.perf_counter()
+                for _ in range(calls):
+                    result = run()
+                jax.block_until_ready(result)
+                times[name].append((time.perf_counter() - start) / calls)
+            gc.collect()
+    finally:
+        gc.enable()
+    reference = times[names[0]]
+    ratios = {name: statistics.median(t / r for t, r in zip(times[name], reference, strict=True)) for name in names}
+    return ratios | {"seconds": statistics.median(reference)}
+
+
+def machine() -> str:
+    """One line that says what the numbers were measured on."""
+    versions = " ".join(f"{name} {metadata.version(name)}" for name in ("jax", "optax"))
+    device = jax.devices()[0].device_kind
+    return f"{platform.machine()}, {os.cpu_count()} cores, {device}; Python {platform.python_version()}, {versions}"
+
+
+def print_table(title: str, rows: list[tuple[str, ...]]) -> None:
+    """Prints rows of text, the first of which is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(f"\n{title}")
+    for row in rows:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
