@@ -76,18 +76,43 @@ def make_train_step(
         differentiated part that is not floating point.
       PartitionError: `wrt` names an unknown part, or params are not of the partition's structure.
     """
-    accepted = _accepted_context(loss_fn)
+    gradient = make_gradient(loss_fn, parts, wrt)
+
+    def train_step(
+        params: PyTree, batch: Any, *, key: Any = None, model_state: Any = None, step: Any = None
+    ) -> tuple[Any, Loss]:
+        return gradient(params, batch, {"key": key, "model_state": model_state, "step": step})
+
+    return train_step
+
+
+def make_gradient(
+    loss_fn: Callable[..., Any],
+    parts: Partition | None,
+    wrt: str | Sequence[str] | None,
+    cast: Callable[[PyTree], PyTree] = lambda params: params,
+) -> Callable[..., tuple[Any, Loss]]:
+    """What `make_train_step` and the compiled update are made of.
+
+    Args:
+      loss_fn: as for `make_train_step`.
+      parts: as for `make_train_step`.
+      wrt: as for `make_train_step`.
+      cast: given the whole params, returns those that the loss is computed with; gradients flow through it.
+
+    Returns:
+      `gradient(params, batch, given, scale=None) -> (grads, loss)`. `given` has a value or None for each of `CONTEXT`.
+      The loss is multiplied by `scale` before it is differentiated, and the gradients, in float32, divided by it.
+    """
+    accepted = accepted_context(loss_fn)
     if parts is None and wrt is not None:
         raise LossError(f"wrt={wrt!r} needs a partition: make_train_step(loss_fn, parts, wrt=...)")
     if parts is not None:
         wrt = parts.names if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
         parts.check_names(wrt, "wrt")
 
-    def train_step(
-        params: PyTree, batch: Any, *, key: Any = None, model_state: Any = None, step: Any = None
-    ) -> tuple[Any, Loss]:
-        given = {"key": key, "model_state": model_state, "step": step}
-        context = {name: given[name] for name in accepted if given[name] is not None or accepted[name]}
+    def gradient(params: PyTree, batch: Any, given: Mapping[str, Any], scale: Any = None) -> tuple[Any, Loss]:
+        context = {name: given[name] for name, required in accepted.items() if required or given[name] is not None}
         if absent := [name for name in context if context[name] is None]:
             raise LossError(f"{_name(loss_fn)} declares {listed(absent)}: call train_step(..., {absent[0]}=...)")
 
@@ -95,8 +120,8 @@ def make_train_step(
             whole = differentiated if parts is None else parts.merge(differentiated, into=params)
             # Flax NNX refuses Variables that were made outside of the function that is differentiated.
             inner = {name: jax.tree.map(lambda leaf: leaf, value) for name, value in context.items()}
-            loss = _completed(loss_fn(whole, batch, **inner), loss_fn, model_state)
-            return loss.total, loss
+            loss = _completed(loss_fn(cast(whole), batch, **inner), loss_fn, given["model_state"])
+            return loss.total if scale is None else loss.total.astype(jnp.float32) * scale, loss
 
         if parts is None:
             differentiated = params
@@ -105,9 +130,9 @@ def make_train_step(
             differentiated = {part: split[part] for part in wrt or ()}
         _check_differentiable(differentiated, split=parts is not None)
         grads, loss = jax.grad(objective, has_aux=True)(differentiated)
-        return grads, loss
+        return grads if scale is None else jax.tree.map(lambda grad: grad.astype(jnp.float32) / scale, grads), loss
 
-    return train_step
+    return gradient
 
 
 def check_weight(weight: Any) -> None:
@@ -118,7 +143,7 @@ def check_weight(weight: Any) -> None:
         raise LossError(f"a weight of {weight} is negative: give the number of examples or tokens in the mean")
 
 
-def _accepted_context(loss_fn: Callable[..., Any]) -> dict[str, bool]:
+def accepted_context(loss_fn: Callable[..., Any]) -> dict[str, bool]:
     """The arguments beyond params and batch that a loss function takes, and whether it requires them."""
     parameters = inspect.signature(loss_fn).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

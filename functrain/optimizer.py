@@ -157,9 +157,13 @@ class Optimizer:
           The whole new params, each leaf of its old dtype, and the new state.
         """
         updates, opt_state = self.update(grads, opt_state, params, lr=lr, **extra)
+        return self.apply_updates(params, updates), opt_state
+
+    def apply_updates(self, params: PyTree, updates: Mapping[str, Mapping[str, Any]]) -> PyTree:
+        """The whole params with the updates of some parts added, each leaf of its old dtype."""
         split = self.parts.split(params)
-        new = {part: optax.apply_updates(split[part], updates[part]) for part in updates}
-        return self.parts.merge(new, into=params), opt_state
+        new = {part: optax.apply_updates(split[part], dict(updates[part])) for part in updates}
+        return self.parts.merge(new, into=params)
 
     def learning_rates(self, opt_state: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The rates last used, or set since, of the parts that have a `with_lr`: `{part: float32 scalar}`."""
@@ -290,10 +294,15 @@ def _check_shapes(flat: Mapping[str, Any], params: Mapping[str, Any], what: str,
             raise OptimizerError(f"{what}: {path!r} has shape {given}, its parameter {expected}; they must be the same")
 
 
+def global_norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm of all leaves together, computed in float32 or wider."""
+    wide = [jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32)) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(jnp.sum(jnp.square(jnp.abs(leaf))) for leaf in wide))
+
+
 def _clipped(grads: Mapping[str, Mapping[str, Any]], clip_norm: float) -> Split:
     """The gradients, scaled down together to a global norm of at most `clip_norm`, computed in float32 or wider."""
-    wide = [jnp.asarray(grad, jnp.promote_types(jnp.result_type(grad), jnp.float32)) for grad in jax.tree.leaves(grads)]
-    scale = jnp.minimum(1.0, clip_norm / jnp.sqrt(sum(jnp.sum(jnp.square(jnp.abs(grad))) for grad in wide)))
+    scale = jnp.minimum(1.0, clip_norm / global_norm(grads))
     return {
         part: {path: (grad * scale).astype(jnp.result_type(grad)) for path, grad in flat.items()}
         for part, flat in grads.items()

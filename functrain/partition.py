@@ -275,20 +275,23 @@ def _owners(flat: Flat, rules: Mapping[str, Selector], overlap: str) -> dict[str
         if selector is ...:
             matched = [path for path in flat if path not in owner]
         else:
-            takes = matcher(selector)
+            try:
+                takes = matcher(selector)
+            except PartitionError as error:
+                raise PartitionError(f"rule {part!r}: {error}") from None
             matched = [path for path, leaf in flat.items() if takes(path, leaf)]
             if problem := unmatched(selector, flat):
                 raise PartitionError(f"rule {part!r}: {problem}")
         free = [path for path in matched if path not in owner]
         earlier = dict.fromkeys(owner[path] for path in matched if path in owner)
-        if not free:
-            _raise_shadowed(part, selector, matched, list(earlier))
         if earlier and overlap == "error":
             both = [path for path in matched if path in owner]
             raise PartitionError(
                 f"rule {part!r} also matches {listed(both)} of {listed(earlier)}: make the two selectors disjoint,"
                 " or overlap='first' to let the first rule have them"
             )
+        if not free:
+            _raise_shadowed(part, selector, matched, list(earlier))
         owner.update(dict.fromkeys(free, part))
     return owner
 
@@ -321,6 +324,8 @@ def _around_first_difference(one: str, other: str, margin: int = 40) -> tuple[st
 
 
 def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...] | None, Any]:
+    if isinstance(leaf, type):
+        return None, None
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return tuple(leaf.shape), leaf.dtype
     if isinstance(leaf, int | float | complex):

@@ -5,6 +5,8 @@ which optimizer a leaf gets, whether it is differentiated, where it is clipped a
 """
 
 import difflib
+import fnmatch
+import glob
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -80,6 +82,8 @@ def non_float(path: str, leaf: Any) -> bool:
     del path
     if isinstance(leaf, float | complex):
         return False
+    if isinstance(leaf, type):
+        return True
     return not jnp.issubdtype(getattr(leaf, "dtype", None) or type(leaf), jnp.inexact)
 
 
@@ -101,8 +105,8 @@ def matcher(selector: Selector) -> Callable[[str, Any], bool]:
     if selector is ...:
         return lambda path, leaf: True
     if isinstance(selector, str):
-        prefix = re.compile(_glob_to_regex(selector), re.DOTALL)
-        return lambda path, leaf: prefix.match(path + "/") is not None
+        matches = _glob(selector)
+        return lambda path, leaf: matches(path)
     if isinstance(selector, re.Pattern):
         return lambda path, leaf: selector.fullmatch(path) is not None
     if callable(selector):
@@ -132,7 +136,7 @@ def unmatched(selector: Selector, flat: Flat) -> str | None:
     if isinstance(selector, re.Pattern) and (found := next((path for path in flat if selector.search(path)), None)):
         return (
             f"no leaf matches re.compile({selector.pattern!r}) from end to end, though {found!r} contains it;"
-            f" did you mean re.compile({'.*' + selector.pattern + '.*'!r})?"
+            f" did you mean re.compile({f'.*(?:{selector.pattern}).*'!r})?"
         )
     return f"no leaf matches {describe(selector)}; the tree has {listed(flat)}"
 
@@ -200,26 +204,21 @@ def _join(keys: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def _glob_to_regex(selector: str) -> str:
-    """A regex that matches, from the left, a path with a `/` behind it."""
-    regex = ""
-    for segment in selector.split("/"):
-        regex += "(?:[^/]*/)*" if segment == "**" else _segment_to_regex(segment) + "/"
-    return regex
+def _glob(selector: str) -> Callable[[str], bool]:
+    """Compiles a string selector: does it match the first segments of a path, or all of them?"""
+    patterns = [None if name == "**" else re.compile(fnmatch.translate(name)).match for name in selector.split("/")]
 
+    def matches(names: list[str], start: int, first: int) -> bool:
+        for i in range(first, len(patterns)):
+            pattern = patterns[i]
+            if pattern is None:
+                return any(matches(names, end, i + 1) for end in range(start, len(names) + 1))
+            if start == len(names) or not pattern(names[start]):
+                return False
+            start += 1
+        return True
 
-def _segment_to_regex(segment: str) -> str:
-    wildcards = {"*": "[^/]*", "?": "[^/]"}
-    regex = ""
-    # A bracket may hold a `]` as its first character; one that is never closed is an ordinary character.
-    for token in re.findall(r"\[!?\]?[^\]]*\]|.", segment, re.DOTALL):
-        if len(token) > 1:
-            negated, members = ("^", token[2:-1]) if token[1] == "!" else ("", token[1:-1])
-            escaped = re.sub(r"([\\^\[\]&~|])", r"\\\1", members)
-            regex += f"(?!/)[{negated}{escaped}]"
-        else:
-            regex += wildcards.get(token, re.escape(token))
-    return regex
+    return lambda path: matches(path.split("/"), 0, 0)
 
 
 def _nearest(selector: str, flat: Flat) -> str:
@@ -229,9 +228,10 @@ def _nearest(selector: str, flat: Flat) -> str:
     if _count(deeper, flat):
         close = [deeper]
     else:
-        as_deep = [subtree for subtree in subtrees if subtree.count("/") == selector.count("/")]
+        as_deep = [subtree for subtree in subtrees if subtree.count("/") == selector.strip("/").count("/")]
         anywhere = ["**/" + subtree.rsplit("/", 1)[-1] for subtree in subtrees] if selector.startswith("**/") else []
-        close = difflib.get_close_matches(selector, dict.fromkeys(as_deep + anywhere), cutoff=0.7)
+        names = difflib.get_close_matches(selector, dict.fromkeys(as_deep + anywhere), cutoff=0.7)
+        close = [name if name.startswith("**/") else glob.escape(name) for name in names]
     if close:
         return "did you mean " + " or ".join(f"{name!r} ({counted(_count(name, flat))})" for name in close) + "?"
     top = [subtree for subtree in subtrees if "/" not in subtree] or subtrees
