@@ -9,20 +9,28 @@ from functrain.learning_rate import with_lr
 from functrain.optimizer import FROZEN, Optimizer, OptimizerError
 from functrain.partition import Partition, partition, take
 from functrain.paths import PartitionError, flatten, non_float, unflatten
+from functrain.precision import DynamicScale
+from functrain.state import TrainState, UpdateError
+from functrain.update import Update, make_update
 
 __all__ = [
     "FROZEN",
     "Accumulated",
     "AccumulationError",
+    "DynamicScale",
     "Loss",
     "LossError",
     "Optimizer",
     "OptimizerError",
     "Partition",
     "PartitionError",
+    "TrainState",
+    "Update",
+    "UpdateError",
     "accumulate",
     "flatten",
     "make_train_step",
+    "make_update",
     "non_float",
     "partition",
     "take",

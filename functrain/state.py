@@ -1,0 +1,146 @@
+"""The state of a run: how it starts, and how it is laid out over devices."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from functrain.accumulate import Accumulated
+from functrain.optimizer import Optimizer
+from functrain.paths import PyTree, flatten, listed
+
+
+class UpdateError(ValueError):
+    """A state, a batch or an option that does not fit an update."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a resumed run needs; made by `update.init`, a pytree.
+
+    Attributes:
+      params: the whole tree.
+      opt_state: `{part: state}` of the trained parts.
+      model_state: what the loss function returns as such; None if it has none.
+      key: the run's key; it never changes. The key of a batch follows from it and from `batches`.
+      step: finished windows, skipped ones included; a 0-d int32 of the host.
+      batches: batches seen; a 0-d int32 of the host.
+      pending: batches in the unfinished window; a 0-d int32 of the host.
+      window: the weighted sums of gradients and metrics of the unfinished window; None where none is pending.
+      loss_scale: the state of the dynamic loss scale; None without one.
+    """
+
+    params: PyTree
+    opt_state: dict[str, Any]
+    model_state: Any
+    key: Any
+    step: Any
+    batches: Any
+    pending: Any
+    window: Accumulated | None
+    loss_scale: Any
+
+
+def initial_state(
+    optim: Optimizer, params: PyTree, model_state: Any, key: Any, loss_scale: Any, *, copy: bool
+) -> TrainState:
+    """A state whose every buffer is its own, so that all of it can be donated."""
+    if bad := [path for path, leaf in flatten(params).items() if not isinstance(leaf, jax.Array | np.ndarray | float)]:
+        raise UpdateError(
+            f"params hold {listed(bad)}, which is no array: a TrainState takes arrays only; split the rest off first,"
+            " e.g. with eqx.partition(model, eqx.is_array), and put it back in the loss function"
+        )
+    users = {id(leaf) for leaf in jax.tree.leaves((params, model_state))} if copy else set()
+    params, model_state = jax.tree.map(as_array, (params, model_state))
+    counter = np.zeros((), np.int32)
+    state = TrainState(params, optim.init(params), model_state, key, counter, counter, counter, None, loss_scale)
+
+    def own(leaf: Any) -> Any:
+        shared = id(leaf) in users
+        users.add(id(leaf))
+        return jnp.array(leaf, copy=True) if shared else leaf
+
+    replicated = _replicated(params)
+
+    def commit(leaf: Any) -> Any:
+        return leaf if replicated is None or _committed(leaf) else jax.device_put(leaf, replicated)
+
+    on_device = {
+        field: jax.tree.map(lambda leaf: commit(own(leaf)), getattr(state, field))
+        for field in ("params", "opt_state", "model_state", "key", "loss_scale")
+    }
+    return dataclasses.replace(state, **on_device)
+
+
+def abstract_state(
+    optim: Optimizer, params: PyTree, model_state: Any, key: Any, loss_scale: Callable[[], Any]
+) -> TrainState:
+    """The shapes, dtypes and shardings of an initial state, from arrays or shapes, without computing anything."""
+    shapes = jax.eval_shape(
+        lambda params, model_state, key: (params, optim.init(params), model_state, key, loss_scale()),
+        params, model_state, key,
+    )  # fmt: skip
+    replicated = _replicated(params)
+    if replicated is not None:
+        laid_out, *rest = jax.tree.map(lambda leaf: _committed(leaf) or replicated, (params, model_state, key))
+        shardings = (laid_out, optim.shardings(laid_out), *rest, jax.tree.map(lambda leaf: replicated, shapes[4]))
+        shapes = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+        )
+    counter = jax.ShapeDtypeStruct((), jnp.int32)
+    params, opt_state, model_state, key, scale = shapes
+    return TrainState(params, opt_state, model_state, key, counter, counter, counter, None, scale)
+
+
+class Layout:
+    """The shardings of the lasting fields of a state; hashed once, as it is looked at in every call."""
+
+    def __init__(self, state: TrainState):
+        fields = ("params", "opt_state", "model_state", "loss_scale")
+        self.shardings = {name: jax.tree.map(lambda leaf: leaf.sharding, getattr(state, name)) for name in fields}
+        self._leaves = tuple(jax.tree.leaves(self.shardings))
+        self._hash = hash(self._leaves)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Layout) and self._leaves == other._leaves)
+
+
+def layout(state: TrainState) -> Layout | None:
+    """The layout of a state that is spread over several devices, else None; kept with the state once it is found."""
+    if "_layout" not in state.__dict__:
+        keep_layout(state, None if _replicated(state.params) is None else Layout(state))
+    found: Layout | None = state.__dict__["_layout"]
+    return found
+
+
+def keep_layout(state: TrainState, found: Layout | None) -> None:
+    """Remembers the layout of a state that is known to have it: finding it takes a look at every leaf."""
+    object.__setattr__(state, "_layout", found)
+
+
+def as_array(leaf: Any) -> jax.Array:
+    """A jax array of a definite dtype; numpy's memory is copied, as donation would hand it to XLA."""
+    array = leaf if isinstance(leaf, jax.Array) else jnp.array(leaf, copy=True)
+    is_weak = getattr(array, "weak_type", False)
+    return jax.lax.convert_element_type(array, array.dtype) if is_weak else array
+
+
+def _committed(leaf: Any) -> Any:
+    """The sharding that a leaf was put to by its user, if any."""
+    return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
+
+
+def _replicated(params: PyTree) -> jax.NamedSharding | None:
+    """The sharding of what all devices hold alike, if params are laid out over several devices."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, jax.NamedSharding) and sharding.mesh.size > 1:
+            return jax.NamedSharding(sharding.mesh, jax.P())
+    return None
