@@ -9,26 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functrain.accumulate import Accumulated, accumulate, zeros
-from functrain.gradients import Loss, LossError, accepted_context, make_gradient
+from functrain.accumulate import Accumulated
+from functrain.gradients import accepted_context, make_gradient
 from functrain.optimizer import Optimizer
-from functrain.paths import PyTree, difference, flatten, listed, same_structure
+from functrain.paths import PyTree, flatten, listed
 from functrain.precision import DynamicScale, caster
 from functrain.state import (
     Layout,
     TrainState,
     UpdateError,
     abstract_state,
-    as_array,
     initial_state,
     keep_layout,
     layout,
 )
-from functrain.telemetry import by_part
-
-Metrics = dict[str, Any]
-After = Callable[[PyTree, Any, Any], tuple[PyTree, Any]]
-RESERVED = {"loss_scale", "nonfinite", "parts", "skipped"}
+from functrain.step import After, Metrics, Step
 
 
 def make_update(
@@ -89,7 +84,8 @@ def make_update(
     gradient = make_gradient(loss_fn, optim.parts, optim.trained, caster(optim.parts, compute_dtype))
     required = {name for name, is_required in accepted_context(loss_fn).items() if is_required}
     skips = nonfinite == "skip" or loss_scale is not None
-    return Update(optim, gradient, required, accumulate, microbatches, remainder, skips, after, loss_scale)
+    step = Step(optim, gradient, accumulate, microbatches, skips, after, loss_scale)
+    return Update(step, required, remainder)
 
 
 class _Program(NamedTuple):
@@ -108,15 +104,9 @@ class Update:
     It holds options and compiled programs and nothing of a run: that is all in the `TrainState`.
     """
 
-    optim: Optimizer
-    gradient: Callable[..., tuple[Any, Loss]]
+    step: Step
     required: set[str]
-    accumulate: int
-    microbatches: int
     remainder: str
-    skips: bool
-    after: After | None
-    loss_scale: DynamicScale | None
     _compiled: dict[Any, Callable[..., Any]] = dataclasses.field(default_factory=dict, init=False)
 
     def init(self, params: PyTree, *, key: Any = None, model_state: Any = None, copy: bool = True) -> TrainState:
@@ -134,16 +124,16 @@ class Update:
         given = {"key": key, "model_state": model_state}
         if absent := [name for name in given if name in self.required and given[name] is None]:
             raise UpdateError(f"the loss function declares {listed(absent)}: update.init(params, {absent[0]}=...)")
-        scale = self.loss_scale.init() if self.loss_scale else None
-        return initial_state(self.optim, params, model_state, key, scale, copy=copy)
+        scale = self.step.loss_scale.init() if self.step.loss_scale else None
+        return initial_state(self.step.optim, params, model_state, key, scale, copy=copy)
 
     def abstract(self, params: PyTree, *, key: Any = None, model_state: Any = None) -> TrainState:
         """What `init` would return, as `jax.ShapeDtypeStruct`s with shardings: what to restore a checkpoint like.
 
         The arguments may be arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
         """
-        scale = self.loss_scale.init if self.loss_scale else lambda: None
-        return abstract_state(self.optim, params, model_state, key, scale)
+        scale = self.step.loss_scale.init if self.step.loss_scale else lambda: None
+        return abstract_state(self.step.optim, params, model_state, key, scale)
 
     def __call__(
         self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None
@@ -192,10 +182,10 @@ class Update:
         """
         lengths = {path: jnp.shape(leaf)[:1] for path, leaf in flatten(batches).items()}
         count = next(iter(lengths.values()), (0,))
-        if len(set(lengths.values())) != 1 or not count or count[0] % self.accumulate or not count[0]:
+        if len(set(lengths.values())) != 1 or not count or count[0] % self.step.accumulate or not count[0]:
             raise UpdateError(
-                f"scan needs batches stacked on a leading axis, a multiple of accumulate={self.accumulate} of them, not"
-                f" {lengths}"
+                "scan needs batches stacked on a leading axis, a multiple of"
+                f" accumulate={self.step.accumulate} of them, not {lengths}"
             )
         self._check_whole(state, "scan")
         return self._run("scan", state, batches, lr, batches=count[0])
@@ -207,9 +197,9 @@ class Update:
         batches on a leading axis.
         """
         self._check_whole(state, "pure")
-        if self.accumulate == 1:
-            return self._whole(state, batch, lr, measured=False)
-        return self._window(state, batch, lr, measured=False)
+        if self.step.accumulate == 1:
+            return self.step.whole(state, batch, lr, measured=False)
+        return self.step.window(state, batch, lr, measured=False)
 
     def flush(self, state: TrainState) -> tuple[TrainState, Metrics]:
         """Ends a window that was cut short, as at the end of an epoch, in the way that `remainder` says.
@@ -223,124 +213,15 @@ class Update:
             return dataclasses.replace(state, window=None, pending=np.zeros((), np.int32)), {}
         return self._run("flush", state, None, None, batches=0)
 
-    # What is computed. Each of these is a pure function from a state and a batch to a state and metrics.
-
-    def _whole(self, state: TrainState, batch: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
-        grads, metrics, _, model_state = self._gradients(state, batch)
-        return self._stepped(_counted(state, 1), grads, metrics, model_state, lr, measured)
-
-    def _summed(self, state: TrainState, batch: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
-        del lr, measured
-        grads, metrics, weight, model_state = self._gradients(state, batch)
-        window = accumulate(state.window, (grads, _as_sums(metrics)), weight=weight)
-        return dataclasses.replace(_counted(state, 1), window=window, model_state=model_state), metrics
-
-    def _last(self, state: TrainState, batch: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
-        grads, metrics, weight, model_state = self._gradients(state, batch)
-        grads, metrics = accumulate(state.window, (grads, _as_sums(metrics)), weight=weight).mean()
-        return self._stepped(_counted(state, 1), grads, metrics, model_state, lr, measured)
-
-    def _flush(self, state: TrainState, batch: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
-        del batch
-        assert state.window is not None
-        grads, metrics = state.window.mean()
-        return self._stepped(state, grads, metrics, state.model_state, lr, measured)
-
-    def _window(self, state: TrainState, batches: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
-        def summed(state: TrainState, batch: Any) -> tuple[TrainState, None]:
-            return self._summed(state, batch, None, measured)[0], None
-
-        one = jax.tree.map(lambda leaf: leaf[0], batches)
-        window = jax.eval_shape(lambda state: summed(state, one)[0].window, state)
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), window)
-        state, _ = jax.lax.scan(summed, dataclasses.replace(state, window=empty), batches)
-        return self._flush(state, None, lr, measured)
-
-    def _scan(self, state: TrainState, batches: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
-        body = self._whole if self.accumulate == 1 else self._window
-        if self.accumulate > 1:
-            batches = jax.tree.map(lambda leaf: leaf.reshape(-1, self.accumulate, *leaf.shape[1:]), batches)
-        return jax.lax.scan(lambda state, batch: body(state, batch, lr, measured), state, batches)
-
-    def _gradients(self, state: TrainState, batch: Any) -> tuple[Any, Metrics, Any, Any]:
-        """The gradients, metrics, weight and new model state of one batch."""
-        key = None if state.key is None else jax.random.fold_in(jax.random.fold_in(state.key, state.batches), 0)
-        scale = None if state.loss_scale is None else state.loss_scale.scale
-
-        def gradients(batch: Any, key: Any, model_state: Any) -> tuple[Any, Metrics, Any, Any]:
-            given = {"key": key, "model_state": model_state, "step": state.step}
-            grads, loss = self.gradient(state.params, batch, given, scale)
-            new = _like(loss.model_state, model_state, "the model_state that the loss function returned")
-            if self.skips:
-                new = _where(_finite(grads), new, model_state)
-            return grads, _metrics(loss), loss.weight, new
-
-        if self.microbatches == 1:
-            return gradients(batch, key, state.model_state)
-
-        def microbatch(carry: Any, inputs: Any) -> tuple[Any, None]:
-            acc, model_state = carry
-            index, batch = inputs
-            folded = None if key is None else jax.random.fold_in(key, index)
-            grads, metrics, weight, model_state = gradients(batch, folded, model_state)
-            return (accumulate(acc, (grads, _as_sums(metrics)), weight=weight), model_state), None
-
-        slices = _sliced(batch, self.microbatches)
-        one = jax.tree.map(lambda leaf: leaf[0], slices)
-        shapes = jax.eval_shape(gradients, one, key, state.model_state)
-        start = (zeros((shapes[0], jax.eval_shape(_as_sums, shapes[1]))), state.model_state)
-        (acc, model_state), _ = jax.lax.scan(microbatch, start, (jnp.arange(self.microbatches), slices))
-        return (*acc.mean(), acc.weights, model_state)
-
-    def _stepped(
-        self, state: TrainState, grads: Any, metrics: Metrics, model_state: Any, lr: Any, measured: bool
-    ) -> tuple[TrainState, Metrics]:
-        """The state after an optimizer step with these gradients, which ends the window."""
-        step = state.step + 1
-
-        def applied() -> tuple[Any, Any, Any, Any]:
-            updates, opt_state = self.optim.update(grads, state.opt_state, state.params, lr=lr, value=metrics["loss"])
-            params, new_model_state = self.optim.apply_updates(state.params, updates), model_state
-            if self.after is not None:
-                params, new_model_state = self.after(params, new_model_state, step)
-                params = _like(params, state.params, "the params that after= returned")
-                new_model_state = _like(new_model_state, model_state, "the model_state that after= returned")
-            parts = {}
-            if measured:
-                rates = self.optim.learning_rates(opt_state)
-                parts = by_part(grads, updates, self.optim.parts.split(state.params), rates)
-            return params, opt_state, new_model_state, parts
-
-        scale = state.loss_scale
-        if self.skips:
-            nonfinite = {part: ~_finite(flat) for part, flat in grads.items()}
-            skipped = jnp.any(jnp.stack(list(nonfinite.values())))
-            none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(applied)[3])
-            as_it_was = (state.params, state.opt_state, model_state, none)
-            params, opt_state, model_state, parts = jax.lax.cond(skipped, lambda: as_it_was, applied)
-            metrics = metrics | {"skipped": skipped.astype(jnp.int32), "nonfinite": nonfinite}
-            if self.loss_scale is not None:
-                metrics = metrics | {"loss_scale": scale.scale}
-                scale = self.loss_scale.adjusted(scale, ~skipped)
-        else:
-            params, opt_state, model_state, parts = applied()
-        if measured:
-            metrics = metrics | {"parts": parts}
-        new = TrainState(
-            params=params, opt_state=opt_state, model_state=model_state, key=state.key, step=step,
-            batches=state.batches, pending=state.pending * 0, window=None, loss_scale=scale,
-        )  # fmt: skip
-        return new, metrics
-
     # How it is compiled and called.
 
     def _kind_of(self, state: TrainState) -> str:
         if isinstance(state.step, jax.core.Tracer):
             raise UpdateError("update() was called under a trace: use update.pure in a jit, scan or vmap of your own")
-        if self.accumulate == 1:
+        if self.step.accumulate == 1:
             return "whole"
         position = int(state.pending)
-        return "last" if position + 1 == self.accumulate else "middle" if position else "first"
+        return "last" if position + 1 == self.step.accumulate else "middle" if position else "first"
 
     def _check_whole(self, state: TrainState, where: str) -> None:
         if state.window is not None:
@@ -354,13 +235,13 @@ class Update:
         summed = ("model_state", "window")
         counted = ("key", "step", "batches")
         return {
-            "whole": _Program(self._whole, stepped, counted, stepped),
-            "first": _Program(self._summed, ("model_state",), ("params", "loss_scale", *counted), summed),
-            "middle": _Program(self._summed, summed, ("params", "loss_scale", *counted), summed),
+            "whole": _Program(self.step.whole, stepped, counted, stepped),
+            "first": _Program(self.step.summed, ("model_state",), ("params", "loss_scale", *counted), summed),
+            "middle": _Program(self.step.summed, summed, ("params", "loss_scale", *counted), summed),
             # No output has the form of the window, so that it can't be donated.
-            "last": _Program(self._last, stepped, ("window", *counted), stepped),
-            "flush": _Program(self._flush, stepped, ("window", *counted), stepped),
-            "scan": _Program(self._scan, stepped, counted, stepped),
+            "last": _Program(self.step.last, stepped, ("window", *counted), stepped),
+            "flush": _Program(self.step.flush, stepped, ("window", *counted), stepped),
+            "scan": _Program(self.step.scan, stepped, counted, stepped),
         }
 
     def _run(
@@ -376,7 +257,7 @@ class Update:
         program, fields = self._programs[kind], dict(state.__dict__)
         consumed = {name: fields[name] for name in program.consumes}
         returned, metrics = compiled(consumed, {name: fields[name] for name in program.reads}, batch, lr)
-        windows = batches // self.accumulate if kind == "scan" else 1 - sums
+        windows = batches // self.step.accumulate if kind == "scan" else 1 - sums
         fields |= {"window": None} | returned
         fields["step"] = np.int32(state.step + windows)
         fields["batches"] = np.int32(state.batches + batches)
@@ -398,58 +279,8 @@ class Update:
         run.__name__ = f"functrain_{kind}"
         out_shardings = None
         if found is not None:
-            split = self.optim.parts.split(found.shardings["params"])
-            grads = {part: split[part] for part in self.optim.trained}
+            split = self.step.optim.parts.split(found.shardings["params"])
+            grads = {part: split[part] for part in self.step.optim.trained}
             known = {**found.shardings, "window": Accumulated(sums=(grads, None), weights=None)}
             out_shardings = ({name: known[name] for name in program.returns}, None)
         return jax.jit(run, donate_argnums=0, out_shardings=out_shardings)
-
-
-def _counted(state: TrainState, batches: int) -> TrainState:
-    return dataclasses.replace(state, batches=state.batches + batches, pending=state.pending + batches)
-
-
-def _metrics(loss: Loss) -> Metrics:
-    named = dict(loss.value) if isinstance(loss.value, Mapping) else {}
-    other = dict(loss.metrics) if isinstance(loss.metrics, Mapping) else {"metrics": loss.metrics}
-    if twice := sorted(({"loss"} & {*named, *other}) | (named.keys() & other.keys()) | (RESERVED & {*named, *other})):
-        raise LossError(f"{listed(twice)} names a loss or a metric, and something else in the metrics: rename it")
-    return {"loss": loss.total, **named, **other}
-
-
-def _as_sums(metrics: Metrics) -> Any:
-    """Metrics in a dtype in which they can be averaged."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32)), metrics)
-
-
-def _sliced(batch: Any, count: int) -> Any:
-    """A batch as slices on a new leading axis; each takes every count-th example, so that none leaves its device."""
-    for path, leaf in flatten(batch).items():
-        if not jnp.shape(leaf) or jnp.shape(leaf)[0] % count:
-            raise UpdateError(
-                f"microbatches={count}: the leading axis of {path!r}, shaped {jnp.shape(leaf)}, is no multiple of it"
-            )
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1), batch)
-
-
-def _finite(tree: Any) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
-
-
-def _where(condition: jax.Array, one: Any, other: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
-
-
-def _like(new: Any, old: Any, what: str) -> Any:
-    """The new tree, if it has the structure, shapes and dtypes of the old one: else the update would compile anew."""
-    if not same_structure(new, old):
-        differs = difference(flatten(new), flatten(old)) or "has other node types or static fields"
-        raise LossError(f"{what} must be of the structure that update.init was given: it {differs}")
-    types = [
-        {path: (jnp.shape(leaf), jnp.result_type(leaf)) for path, leaf in flatten(tree).items()} for tree in (new, old)
-    ]
-    for path, (shape, dtype) in types[0].items():
-        if (shape, dtype) != types[1][path]:
-            before = "{1}{0}".format(*types[1][path])
-            raise LossError(f"{what} must keep its shapes and dtypes: {path!r} is {dtype}{shape}, and was {before}")
-    return jax.tree.map(as_array, new)

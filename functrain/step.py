@@ -1,0 +1,201 @@
+"""What an update computes: pure functions from a state and a batch to the next state and metrics."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from functrain.accumulate import accumulate, zeros
+from functrain.gradients import Loss, LossError
+from functrain.optimizer import Optimizer
+from functrain.paths import PyTree, difference, flatten, listed, same_structure
+from functrain.precision import DynamicScale
+from functrain.state import TrainState, UpdateError, as_array
+from functrain.telemetry import by_part
+
+Metrics = dict[str, Any]
+After = Callable[[PyTree, Any, Any], tuple[PyTree, Any]]
+RESERVED = {"loss_scale", "nonfinite", "parts", "skipped"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """The parts of an update as functions; the options are those of `make_update`.
+
+    Every one takes `(state, batch, lr, measured)` and returns `(state, metrics)`.
+    """
+
+    optim: Optimizer
+    gradient: Callable[..., tuple[Any, Loss]]
+    accumulate: int
+    microbatches: int
+    skips: bool
+    after: After | None
+    loss_scale: DynamicScale | None
+
+    def whole(self, state: TrainState, batch: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
+        """A batch that is a window of its own."""
+        grads, metrics, _, model_state = self._gradients(state, batch)
+        return self._stepped(_counted(state, 1), grads, metrics, model_state, lr, measured)
+
+    def summed(self, state: TrainState, batch: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
+        """A batch that does not end its window: its gradients are added to what is pending."""
+        del lr, measured
+        grads, metrics, weight, model_state = self._gradients(state, batch)
+        window = accumulate(state.window, (grads, _as_sums(metrics)), weight=weight)
+        return dataclasses.replace(_counted(state, 1), window=window, model_state=model_state), metrics
+
+    def last(self, state: TrainState, batch: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
+        """A batch that ends its window."""
+        grads, metrics, weight, model_state = self._gradients(state, batch)
+        grads, metrics = accumulate(state.window, (grads, _as_sums(metrics)), weight=weight).mean()
+        return self._stepped(_counted(state, 1), grads, metrics, model_state, lr, measured)
+
+    def flush(self, state: TrainState, batch: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
+        """No batch: what is pending ends its window."""
+        del batch
+        assert state.window is not None
+        grads, metrics = state.window.mean()
+        return self._stepped(state, grads, metrics, state.model_state, lr, measured)
+
+    def window(self, state: TrainState, batches: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
+        """A whole window at once, its batches on a leading axis."""
+
+        def summed(state: TrainState, batch: Any) -> tuple[TrainState, None]:
+            return self.summed(state, batch, None, measured)[0], None
+
+        one = jax.tree.map(lambda leaf: leaf[0], batches)
+        window = jax.eval_shape(lambda state: summed(state, one)[0].window, state)
+        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), window)
+        state, _ = jax.lax.scan(summed, dataclasses.replace(state, window=empty), batches)
+        return self.flush(state, None, lr, measured)
+
+    def scan(self, state: TrainState, batches: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
+        """Many windows at once, their batches on one leading axis; metrics are stacked."""
+        body = self.whole if self.accumulate == 1 else self.window
+        if self.accumulate > 1:
+            batches = jax.tree.map(lambda leaf: leaf.reshape(-1, self.accumulate, *leaf.shape[1:]), batches)
+        return jax.lax.scan(lambda state, batch: body(state, batch, lr, measured), state, batches)
+
+    def _gradients(self, state: TrainState, batch: Any) -> tuple[Any, Metrics, Any, Any]:
+        """The gradients, metrics, weight and new model state of one batch."""
+        key = None if state.key is None else jax.random.fold_in(jax.random.fold_in(state.key, state.batches), 0)
+        scale = None if state.loss_scale is None else state.loss_scale.scale
+
+        def gradients(batch: Any, key: Any, model_state: Any) -> tuple[Any, Metrics, Any, Any]:
+            given = {"key": key, "model_state": model_state, "step": state.step}
+            grads, loss = self.gradient(state.params, batch, given, scale)
+            new = _like(loss.model_state, model_state, "the model_state that the loss function returned")
+            if self.skips:
+                new = _where(_finite(grads), new, model_state)
+            return grads, _metrics(loss), loss.weight, new
+
+        if self.microbatches == 1:
+            return gradients(batch, key, state.model_state)
+
+        def microbatch(carry: Any, inputs: Any) -> tuple[Any, None]:
+            acc, model_state = carry
+            index, batch = inputs
+            folded = None if key is None else jax.random.fold_in(key, index)
+            grads, metrics, weight, model_state = gradients(batch, folded, model_state)
+            return (accumulate(acc, (grads, _as_sums(metrics)), weight=weight), model_state), None
+
+        slices = _sliced(batch, self.microbatches)
+        one = jax.tree.map(lambda leaf: leaf[0], slices)
+        shapes = jax.eval_shape(gradients, one, key, state.model_state)
+        start = (zeros((shapes[0], jax.eval_shape(_as_sums, shapes[1]))), state.model_state)
+        (acc, model_state), _ = jax.lax.scan(microbatch, start, (jnp.arange(self.microbatches), slices))
+        return (*acc.mean(), acc.weights, model_state)
+
+    def _stepped(
+        self, state: TrainState, grads: Any, metrics: Metrics, model_state: Any, lr: Any, measured: bool
+    ) -> tuple[TrainState, Metrics]:
+        """The state after an optimizer step with these gradients, which ends the window."""
+        step = state.step + 1
+
+        def applied() -> tuple[Any, Any, Any, Any]:
+            updates, opt_state = self.optim.update(grads, state.opt_state, state.params, lr=lr, value=metrics["loss"])
+            params, new_model_state = self.optim.apply_updates(state.params, updates), model_state
+            if self.after is not None:
+                params, new_model_state = self.after(params, new_model_state, step)
+                params = _like(params, state.params, "the params that after= returned")
+                new_model_state = _like(new_model_state, model_state, "the model_state that after= returned")
+            parts = {}
+            if measured:
+                rates = self.optim.learning_rates(opt_state)
+                parts = by_part(grads, updates, self.optim.parts.split(state.params), rates)
+            return params, opt_state, new_model_state, parts
+
+        scale = state.loss_scale
+        if self.skips:
+            nonfinite = {part: ~_finite(flat) for part, flat in grads.items()}
+            skipped = jnp.any(jnp.stack(list(nonfinite.values())))
+            no_telemetry = jax.eval_shape(applied)[3] if measured else {}
+            none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), no_telemetry)
+            as_it_was = (state.params, state.opt_state, model_state, none)
+            params, opt_state, model_state, parts = jax.lax.cond(skipped, lambda: as_it_was, applied)
+            metrics = metrics | {"skipped": skipped.astype(jnp.int32), "nonfinite": nonfinite}
+            if self.loss_scale is not None:
+                metrics = metrics | {"loss_scale": scale.scale}
+                scale = self.loss_scale.adjusted(scale, ~skipped)
+        else:
+            params, opt_state, model_state, parts = applied()
+        if measured:
+            metrics = metrics | {"parts": parts}
+        new = TrainState(
+            params=params, opt_state=opt_state, model_state=model_state, key=state.key, step=step,
+            batches=state.batches, pending=state.pending * 0, window=None, loss_scale=scale,
+        )  # fmt: skip
+        return new, metrics
+
+
+def _counted(state: TrainState, batches: int) -> TrainState:
+    return dataclasses.replace(state, batches=state.batches + batches, pending=state.pending + batches)
+
+
+def _metrics(loss: Loss) -> Metrics:
+    named = dict(loss.value) if isinstance(loss.value, Mapping) else {}
+    other = dict(loss.metrics) if isinstance(loss.metrics, Mapping) else {"metrics": loss.metrics}
+    if twice := sorted(({"loss"} & {*named, *other}) | (named.keys() & other.keys()) | (RESERVED & {*named, *other})):
+        raise LossError(f"{listed(twice)} names a loss or a metric, and something else in the metrics: rename it")
+    return {"loss": loss.total, **named, **other}
+
+
+def _as_sums(metrics: Metrics) -> Any:
+    """Metrics in a dtype in which they can be averaged."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32)), metrics)
+
+
+def _sliced(batch: Any, count: int) -> Any:
+    """A batch as slices on a new leading axis; each takes every count-th example, so that none leaves its device."""
+    for path, leaf in flatten(batch).items():
+        if not jnp.shape(leaf) or jnp.shape(leaf)[0] % count:
+            raise UpdateError(
+                f"microbatches={count}: the leading axis of {path!r}, shaped {jnp.shape(leaf)}, is no multiple of it"
+            )
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _where(condition: jax.Array, one: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
+
+
+def _like(new: Any, old: Any, what: str) -> Any:
+    """The new tree, if it has the structure, shapes and dtypes of the old one: else the update would compile anew."""
+    if not same_structure(new, old):
+        differs = difference(flatten(new), flatten(old)) or "has other node types or static fields"
+        raise LossError(f"{what} must be of the structure that update.init was given: it {differs}")
+    types = [
+        {path: (jnp.shape(leaf), jnp.result_type(leaf)) for path, leaf in flatten(tree).items()} for tree in (new, old)
+    ]
+    for path, (shape, dtype) in types[0].items():
+        if (shape, dtype) != types[1][path]:
+            before = "{1}{0}".format(*types[1][path])
+            raise LossError(f"{what} must keep its shapes and dtypes: {path!r} is {dtype}{shape}, and was {before}")
+    return jax.tree.map(as_array, new)
