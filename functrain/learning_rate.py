@@ -68,9 +68,11 @@ def with_lr(
         if learning_rate is None:
             learning_rate = lr(state.steps) if callable(lr) else state.setting
         rate = jnp.asarray(learning_rate, jnp.float32)
-        updates, inner = make(rate).update(updates, state.inner, params, **extra)
+        scaled, inner = make(rate).update(updates, state.inner, params, **extra)
+        # The rate is float32, an update of optax has its gradient's dtype.
+        scaled = jax.tree.map(lambda update, grad: update.astype(jnp.result_type(grad)), scaled, updates)
         steps = None if state.steps is None else optax.safe_increment(state.steps)
-        return updates, WithLrState(rate, state.setting, steps, inner)
+        return scaled, WithLrState(rate, state.setting, steps, inner)
 
     update.__qualname__ = getattr(factory, "__name__", "with_lr")
     return optax.GradientTransformationExtraArgs(init, update)

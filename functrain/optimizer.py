@@ -1,6 +1,7 @@
 """One optax transform per part."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -9,12 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from functrain.learning_rate import rates_in, with_rate
+from functrain.optimizer_state import OptimizerError, in_one_dtype, like_before, placed, state_shardings, strong
 from functrain.partition import Partition, Split, table
-from functrain.paths import PyTree, difference, flatten, listed, non_float, same_structure
-
-
-class OptimizerError(ValueError):
-    """Transforms, gradients, rates or states that do not fit the parts of an optimizer."""
+from functrain.paths import PartitionError, PyTree, around_first_difference, listed, non_float
 
 
 class Frozen:
@@ -57,6 +55,7 @@ class Optimizer:
     parts: Partition
     transforms: Mapping[str, optax.GradientTransformation | Frozen]
     clip_norm: float | None = dataclasses.field(default=None, kw_only=True)
+    _structures: dict[str, Any] = dataclasses.field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "transforms", dict(self.transforms))
@@ -90,7 +89,7 @@ class Optimizer:
         self._check_params(split)
         opt_state = {}
         for part in self.trained:
-            opt_state[part] = _placed(jax.tree.map(_strong, self._tx(part).init(split[part])), split[part])
+            opt_state[part] = placed(jax.tree.map(strong, self._tx(part).init(split[part])), split[part])
             if len(rates_in(opt_state[part])) > 1:
                 raise OptimizerError(
                     f"part {part!r} has {len(rates_in(opt_state[part]))} with_lr, of which lr={{{part!r}: ...}} could"
@@ -129,16 +128,15 @@ class Optimizer:
         self._check_grads(grads, split)
         self._check_state(opt_state)
         rates = self._checked_rates(lr, opt_state)
+        self._check_extra_args(rates)
         if self.clip_norm is not None:
             grads = _clipped(grads, self.clip_norm)
         updates: Split = {}
         new_state = dict(opt_state)
         for part, flat in grads.items():
             given = {**extra, "learning_rate": rates[part]} if part in rates else extra
-            # A transform that is given two dtypes returns another state, or fails: it computes in the wider one.
-            state, params_of_part = (_widened(tree, flat, split[part]) for tree in (opt_state[part], split[part]))
-            updates[part], state = self._tx(part).update(dict(flat), state, params_of_part, **given)
-            new_state[part] = _like(state, opt_state[part], part)
+            updates[part], state = self._tx(part).update(*in_one_dtype(flat, opt_state[part], split[part]), **given)
+            new_state[part] = like_before(state, opt_state[part], part)
             _check_shapes(updates[part], split[part], f"the updates of part {part!r}")
         return updates, new_state
 
@@ -154,7 +152,8 @@ class Optimizer:
         """Updates the parameters of the parts whose gradients are given. Arguments and errors as for `update`.
 
         Returns:
-          The whole new params, each leaf of its old dtype, and the new state.
+          The whole new params, each leaf of its old dtype, and the new state. A `jit` of one's own over several devices
+          may lay out state anew that is not shaped like its parameter; `out_shardings=optim.shardings(...)` keeps it.
         """
         updates, opt_state = self.update(grads, opt_state, params, lr=lr, **extra)
         return self.apply_updates(params, updates), opt_state
@@ -202,13 +201,11 @@ class Optimizer:
           A tree like the state: a parameter's sharding for state that is shaped like it; replicated for the rest.
         """
         split = self.parts.split(params_shardings)
-        shapes = {leaf.path: leaf for leaf in self.parts.leaves}
-        state_shardings = {}
+        found = {}
         for part in self.trained:
-            flat = {path: jax.ShapeDtypeStruct(shapes[path].shape, shapes[path].dtype) for path in split[part]}
-            state = jax.eval_shape(self._tx(part).init, flat)
-            state_shardings[part] = _state_shardings(state, flat, split[part])
-        return state_shardings
+            shapes = self._shapes(part)
+            found[part] = state_shardings(jax.eval_shape(self._tx(part).init, shapes), shapes, split[part])
+        return found
 
     def __str__(self) -> str:
         return table(self.parts, "optimizer", [_described(self.transforms[part]) for part in self.parts.names])
@@ -220,7 +217,16 @@ class Optimizer:
     def _tx(self, part: str) -> optax.GradientTransformationExtraArgs:
         tx = self.transforms[part]
         assert not isinstance(tx, Frozen)
-        return optax.with_extra_args_support(tx)
+        # optax.MultiSteps takes extra arguments, but is not of the type that says so.
+        return (
+            optax.GradientTransformationExtraArgs(tx.init, tx.update)
+            if _takes_extra_args(tx)
+            else (optax.with_extra_args_support(tx))
+        )
+
+    def _shapes(self, part: str) -> dict[str, jax.ShapeDtypeStruct]:
+        mine = (leaf for leaf in self.parts.leaves if leaf.part == part)
+        return {leaf.path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in mine}
 
     def _check_params(self, split: Split) -> None:
         known = {leaf.path: leaf.shape for leaf in self.parts.leaves}
@@ -253,7 +259,10 @@ class Optimizer:
                 " make_train_step(loss_fn, parts, wrt=optim.trained)"
             )
         for part, flat in grads.items():
-            self.parts.check_part(part, flat)
+            try:
+                self.parts.check_part(part, flat)
+            except PartitionError as error:
+                raise PartitionError(f"gradients of {error}; {hint}") from None
             _check_shapes(flat, split[part], f"the gradients of part {part!r}", per_example=True)
 
     def _check_state(self, opt_state: Mapping[str, Any]) -> None:
@@ -262,6 +271,15 @@ class Optimizer:
                 f"the optimizer state is of the parts {listed(opt_state)}, the optimizer trains {listed(self.trained)}:"
                 " use optim.init(params) of this optimizer"
             )
+        for part, state in opt_state.items():
+            if part not in self._structures:
+                self._structures[part] = jax.tree.structure(jax.eval_shape(self._tx(part).init, self._shapes(part)))
+            if jax.tree.structure(state) != self._structures[part]:
+                given, expected = around_first_difference(jax.tree.structure(state), self._structures[part])
+                raise OptimizerError(
+                    f"the state of part {part!r} is not one that its transform makes: {given} where {expected} was"
+                    " expected; use optim.init(params) of this optimizer"
+                )
 
     def _checked_rates(self, lr: Mapping[str, Any] | None, opt_state: Mapping[str, Any]) -> dict[str, jax.Array]:
         rates = {}
@@ -277,13 +295,21 @@ class Optimizer:
                     f"lr for part {part!r}, whose transform has no rate to set: make it with"
                     " ft.with_lr(optax.adam, 1e-3) in the place of optax.adam(1e-3)"
                 )
-            if not isinstance(self.transforms[part], optax.GradientTransformationExtraArgs):
+            if callable(rate) or jnp.shape(rate) != ():
+                what = "a function" if callable(rate) else f"an array of shape {jnp.shape(rate)}"
                 raise OptimizerError(
-                    f"lr for part {part!r}: the transform around its with_lr takes no extra arguments, so that the rate"
-                    " would be lost; make it an optax.GradientTransformationExtraArgs that passes them on"
+                    f"lr for part {part!r} is {what}: give a scalar; a schedule goes into the transform,"
+                    " ft.with_lr(optax.adam, schedule)"
                 )
             rates[part] = jnp.asarray(rate, jnp.float32)
         return rates
+
+    def _check_extra_args(self, rates: Mapping[str, Any]) -> None:
+        if lost := [part for part in rates if not _takes_extra_args(self.transforms[part])]:
+            raise OptimizerError(
+                f"lr for part {listed(lost)}: the transform around its with_lr takes no extra arguments, so that the"
+                " rate would be lost; make it an optax.GradientTransformationExtraArgs that passes them on"
+            )
 
 
 def _check_shapes(flat: Mapping[str, Any], params: Mapping[str, Any], what: str, *, per_example: bool = False) -> None:
@@ -309,68 +335,9 @@ def _clipped(grads: Mapping[str, Mapping[str, Any]], clip_norm: float) -> Split:
     }
 
 
-def _strong(leaf: Any) -> jax.Array:
-    """The leaf as an array whose dtype does not yield to others."""
-    array = jnp.asarray(leaf)
-    return jax.lax.convert_element_type(array, array.dtype) if _is_weak(array) else array
-
-
-def _is_weak(array: Any) -> bool:
-    return getattr(array, "weak_type", False)  # Arrays of random keys have no such attribute.
-
-
-def _widened(tree: Any, grads: Mapping[str, Any], params: Mapping[str, Any]) -> Any:
-    """A state, or parameters, with the leaves of their parameter's dtype in their gradient's, where that is wider."""
-
-    def widened(keys: tuple[Any, ...], leaf: Any) -> Any:
-        path = _path_among(params, keys)
-        if path is None:
-            return leaf
-        narrow, wide = jnp.result_type(params[path]), jnp.result_type(grads[path])
-        is_narrow = leaf.dtype == narrow and narrow.itemsize < wide.itemsize
-        return leaf.astype(wide) if is_narrow else leaf
-
-    return jax.tree_util.tree_map_with_path(widened, tree)
-
-
-def _path_among(params: Mapping[str, Any], keys: tuple[Any, ...]) -> str | None:
-    """The parameter that a leaf of a state belongs to: a transform keeps the keys of the flat tree it was given."""
-    names = (getattr(key, "key", None) for key in reversed(keys))
-    return next((name for name in names if name in params), None)
-
-
-def _like(new: Any, old: Any, part: str) -> Any:
-    """A state as its transform returned it, with the dtypes of the state before."""
-    if not same_structure(new, old):
-        differs = difference(flatten(new), flatten(old)) or "has other node types or static fields"
-        raise OptimizerError(
-            f"part {part!r}: the state that its transform returns is not of the structure of the one it was given: it"
-            f" {differs}; if the state was restored, restore it like optim.init(params)"
-        )
-    return jax.tree.map(
-        lambda after, before: _strong(after) if after.dtype == before.dtype else after.astype(before.dtype), new, old
-    )
-
-
-def _placed(state: Any, params: Mapping[str, Any]) -> Any:
-    """The state on the devices of its parameters, so that a compiled step returns it where it was."""
-    concrete = all(isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer) for p in params.values())
-    if not concrete or not any(p.committed for p in params.values()):
-        return state
-    shardings = {path: p.sharding for path, p in params.items()}
-    return jax.device_put(state, _state_shardings(state, params, shardings))
-
-
-def _state_shardings(state: Any, params: Mapping[str, Any], shardings: Mapping[str, Any]) -> Any:
-    """A parameter's sharding for each leaf of a state that is named and shaped like it, replicated for the others."""
-    like = next(iter(shardings.values()))
-    replicated = jax.NamedSharding(like.mesh, jax.P()) if isinstance(like, jax.NamedSharding) else like
-
-    def of(keys: tuple[Any, ...], leaf: Any) -> Any:
-        path = _path_among(params, keys)
-        return shardings[path] if path is not None and leaf.shape == params[path].shape else replicated
-
-    return jax.tree_util.tree_map_with_path(of, state)
+def _takes_extra_args(tx: Any) -> bool:
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(tx.update).parameters.values())
+    return takes_any or isinstance(tx, optax.GradientTransformationExtraArgs)
 
 
 def _described(tx: optax.GradientTransformation | Frozen) -> str:

@@ -15,6 +15,7 @@ from functrain.paths import (
     PartitionError,
     PyTree,
     Selector,
+    around_first_difference,
     check_paths,
     counted,
     describe,
@@ -168,7 +169,7 @@ class Partition:
             return leaves
         differs = difference(flatten(tree), [leaf.path for leaf in self.leaves])
         if not differs:
-            given, expected = _around_first_difference(str(treedef), str(self.treedef))
+            given, expected = around_first_difference(treedef, self.treedef)
             differs = f"has the same paths, but its node types or static fields differ: {given} where {expected} was"
         raise PartitionError(
             f"{what} is not of the structure that was partitioned: it {differs}; give a tree like the one that"
@@ -315,12 +316,6 @@ def _warn_of_shared_arrays(flat: Flat) -> None:
                 " step on: to tie them, keep one and use it twice in the model; if they are meant to differ, copy one",
                 stacklevel=3,
             )
-
-
-def _around_first_difference(one: str, other: str, margin: int = 40) -> tuple[str, str]:
-    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    window = slice(max(0, same - margin), same + margin)
-    return f"'...{one[window]}...'", f"'...{other[window]}...'"
 
 
 def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...] | None, Any]:

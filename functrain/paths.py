@@ -174,6 +174,14 @@ def same_structure(one: PyTree, other: PyTree) -> bool:
     return bool(structure == jax.tree.structure(other))
 
 
+def around_first_difference(one: object, other: object, margin: int = 40) -> tuple[str, str]:
+    """What two things that look alike say where they first differ, in quotes."""
+    texts = (str(one), str(other))
+    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    window = slice(max(0, same - margin), same + margin)
+    return f"'...{texts[0][window]}...'", f"'...{texts[1][window]}...'"
+
+
 def listed(names: Iterable[str], most: int = 10) -> str:
     """At most ten names in quotes, then a count of the others."""
     quoted = [repr(name) for name in names]

@@ -201,6 +201,11 @@ class Update:
             return self.step.whole(state, batch, lr, measured=False)
         return self.step.window(state, batch, lr, measured=False)
 
+    def lower(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> Any:
+        """The program that a call with these arguments would run, as `jax.jit(...).lower` gives it; nothing is run."""
+        kind = self._kind_of(state)
+        return self._program(kind, state, measured=False).lower(*self._arguments(kind, state), batch, lr)
+
     def flush(self, state: TrainState) -> tuple[TrainState, Metrics]:
         """Ends a window that was cut short, as at the end of an epoch, in the way that `remainder` says.
 
@@ -250,22 +255,27 @@ class Update:
         sums = kind in ("first", "middle")
         if sums:
             lr, measured = None, False
+        returned, metrics = self._program(kind, state, measured)(*self._arguments(kind, state), batch, lr)
+        windows = batches // self.step.accumulate if kind == "scan" else 1 - sums
+        fields = {**state.__dict__, "window": None, **returned}
+        fields["step"] = np.int32(state.step + windows)
+        fields["batches"] = np.int32(state.batches + batches)
+        fields["pending"] = np.int32(state.pending + 1 if sums else 0)
+        found = fields.pop("_layout")
+        new = TrainState(**fields)
+        keep_layout(new, found)
+        return new, metrics
+
+    def _arguments(self, kind: str, state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+        fields, program = state.__dict__, self._programs[kind]
+        return {name: fields[name] for name in program.consumes}, {name: fields[name] for name in program.reads}
+
+    def _program(self, kind: str, state: TrainState, measured: bool) -> Any:
         found = layout(state)
         compiled = self._compiled.get((kind, measured, found))
         if compiled is None:
             compiled = self._compiled[kind, measured, found] = self._compile(kind, measured, found)
-        program, fields = self._programs[kind], dict(state.__dict__)
-        consumed = {name: fields[name] for name in program.consumes}
-        returned, metrics = compiled(consumed, {name: fields[name] for name in program.reads}, batch, lr)
-        windows = batches // self.step.accumulate if kind == "scan" else 1 - sums
-        fields |= {"window": None} | returned
-        fields["step"] = np.int32(state.step + windows)
-        fields["batches"] = np.int32(state.batches + batches)
-        fields["pending"] = np.int32(state.pending + 1 if sums else 0)
-        fields.pop("_layout")
-        new = TrainState(**fields)
-        keep_layout(new, found)
-        return new, metrics
+        return compiled
 
     def _compile(self, kind: str, measured: bool, found: Layout | None) -> Callable[..., Any]:
         program = self._programs[kind]

@@ -1,0 +1,222 @@
+"""One update, written in every way that a benchmark compares. Each starts from a copy of the parameters."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from models import Model
+
+import functrain as ft
+
+RATES = (1e-3, 3e-4, 1e-4, 1e-3, 3e-4)
+
+
+def transforms(model: Model) -> dict[str, Any]:
+    return {part: optax.adamw(rate, weight_decay=0.01) for part, rate in zip(model.rules, RATES, strict=False)}
+
+
+def optimizer(model: Model, frozen: Sequence[str] = ()) -> ft.Optimizer:
+    txs = transforms(model) | dict.fromkeys(frozen, ft.FROZEN)
+    return ft.Optimizer(ft.partition(model.params, model.rules), txs)
+
+
+def copied(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+
+
+def grouped_by_hand(model: Model) -> Any:
+    """A function that groups a tree by part, as nested dicts: what one writes who knows the model, with no library."""
+    labels = ft.partition(model.params, model.rules).labels()
+
+    def pick(tree: Any, labels: Any, part: str) -> Any:
+        if not isinstance(tree, dict):
+            return tree if labels == part else None
+        picked = {key: pick(tree[key], labels[key], part) for key in tree}
+        return {key: value for key, value in picked.items() if value is not None} or None
+
+    return lambda tree: {part: pick(tree, labels, part) for part in model.rules}
+
+
+def merged_by_hand(trees: Any) -> Any:
+    """One nested dict from several that share no leaf."""
+    trees = list(trees)
+    if len(trees) == 1:
+        return trees[0]
+    keys = dict.fromkeys(key for tree in trees for key in tree)
+    return {key: merged_by_hand(tree[key] for tree in trees if key in tree) for key in keys}
+
+
+def hand_written(model: Model, frozen: Sequence[str] = ()) -> tuple[Any, Any]:
+    """The step that an expert writes, and its state: gradients, an optax transform a group, everything donated."""
+    group, txs = grouped_by_hand(model), transforms(model)
+    txs = {part: tx for part, tx in txs.items() if part not in frozen}
+
+    def step(params: Any, opt_state: Any, batch: Any) -> Any:
+        params = group(params)
+        constant = [params[part] for part in frozen]
+
+        def loss(trained: Any) -> jax.Array:
+            return model.loss(merged_by_hand([*trained.values(), *constant]), batch)
+
+        value, grads = jax.value_and_grad(loss)({part: params[part] for part in txs})
+        new, states = [], {}
+        for part, tx in txs.items():
+            updates, states[part] = tx.update(grads[part], opt_state[part], params[part])
+            new.append(optax.apply_updates(params[part], updates))
+        return merged_by_hand([*new, *constant]), states, value
+
+    groups = group(copied(model.params))
+    return step, (copied(model.params), {part: tx.init(groups[part]) for part, tx in txs.items()})
+
+
+def multi_transform(model: Model, every: int = 1) -> tuple[Any, Any]:
+    """The same with `optax.multi_transform`, and with `optax.MultiSteps` around it where `every` is more than 1."""
+    tx = optax.multi_transform(transforms(model), ft.partition(model.params, model.rules).labels())
+    tx = tx if every == 1 else optax.MultiSteps(tx, every)
+
+    def step(params: Any, opt_state: Any, batch: Any) -> Any:
+        loss, grads = jax.value_and_grad(model.loss)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    params = copied(model.params)
+    return step, (params, tx.init(params))
+
+
+def repeated(step: Any, state: Any, batch: Any, times: int) -> Any:
+    """A function that makes `times` steps and goes on from there when it is called again."""
+    compiled = jax.jit(step, donate_argnums=(0, 1))
+
+    def run() -> Any:
+        nonlocal state
+        for _ in range(times):
+            *state, loss = compiled(*state, batch)
+        return state, loss
+
+    return run
+
+
+def updated(model: Model, times: int, method: str = "__call__", *, measured_every: int = 0, **options: Any) -> Any:
+    """The same through `make_update`; for "scan", one call; every so many calls one that is measured."""
+    update = ft.make_update(model.loss, optimizer(model), **options)
+    state = update.init(model.params)
+    call = getattr(update, method)
+    batches = jax.tree.map(lambda leaf: jnp.stack([leaf] * times), model.batch)
+
+    def run() -> Any:
+        nonlocal state
+        if method == "scan":
+            state, metrics = call(state, batches)
+        else:
+            for i in range(times):
+                with_telemetry = measured_every and i % measured_every == 0
+                state, metrics = (update.measured if with_telemetry else call)(state, model.batch)
+        return state, metrics
+
+    return run
+
+
+def nnx_jit(model: Model, times: int) -> Any:
+    """The MLP as a Flax NNX module under `nnx.jit`, with an `nnx.Optimizer` for each part."""
+    from flax import nnx
+
+    class Network(nnx.Module):
+        def __init__(self, params: Any):
+            for name, layer in params.items():
+                module = nnx.Linear(*layer["kernel"].shape, rngs=nnx.Rngs(0))
+                module.kernel[...], module.bias[...] = layer["kernel"], layer["bias"]
+                setattr(self, name, module)
+
+    network = Network(model.params)
+    head = nnx.All(nnx.Param, nnx.PathContains("linear2"))
+    body = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("linear2")))
+    txs = transforms(model)
+    optimizers = [nnx.Optimizer(network, txs[part], wrt=wrt) for part, wrt in (("head", head), ("body", body))]
+
+    def loss(network: Network, batch: Any) -> jax.Array:
+        x, labels = batch
+        x = jax.nn.relu(network.linear1(jax.nn.relu(network.linear0(x))))
+        return optax.softmax_cross_entropy_with_integer_labels(network.linear2(x), labels).mean()
+
+    @nnx.jit(donate_argnums=(0, 1, 2))
+    def step(network: Network, first: Any, second: Any, batch: Any) -> jax.Array:
+        value, grads = nnx.value_and_grad(loss)(network, batch)
+        first.update(network, nnx.filter_state(grads, head))
+        second.update(network, nnx.filter_state(grads, body))
+        return value
+
+    def run() -> Any:
+        for _ in range(times):
+            value = step(network, *optimizers, model.batch)
+        return value
+
+    return run
+
+
+def eqx_jit(model: Model, times: int) -> Any:
+    """The MLP as an Equinox module under `eqx.filter_jit`, its optimizer an `optax.multi_transform`."""
+    import equinox as eqx
+
+    class Network(eqx.Module):
+        linear0: dict[str, jax.Array]
+        linear1: dict[str, jax.Array]
+        linear2: dict[str, jax.Array]
+
+    network = Network(**copied(model.params))
+    labels = Network(*(jax.tree.map(lambda _, p=part: p, network.linear0) for part in ("body", "body", "head")))
+    tx = optax.multi_transform(transforms(model), labels)
+    opt_state = tx.init(network)
+
+    def loss(network: Network, batch: Any) -> jax.Array:
+        return model.loss({"linear0": network.linear0, "linear1": network.linear1, "linear2": network.linear2}, batch)
+
+    @eqx.filter_jit(donate="all-except-first")
+    def step(batch: Any, network: Network, opt_state: Any) -> Any:
+        value, grads = eqx.filter_value_and_grad(loss)(network, batch)
+        updates, opt_state = tx.update(grads, opt_state, network)
+        return eqx.apply_updates(network, updates), opt_state, value
+
+    def run() -> Any:
+        nonlocal network, opt_state
+        for _ in range(times):
+            network, opt_state, value = step(model.batch, network, opt_state)
+        return value
+
+    return run
+
+
+def torch_adam(model: Model, times: int) -> Any:
+    """The MLP in PyTorch, with two fused AdamW; None where PyTorch is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    if jax.default_backend() != "cpu" and not torch.cuda.is_available():
+        return None
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    sizes = [layer["kernel"].shape for layer in model.params.values()]
+    layers = [torch.nn.Linear(*size, device=device) for size in sizes]
+    network = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), layers[2])
+    groups = (layers[2].parameters(), [*layers[0].parameters(), *layers[1].parameters()])
+    optimizers = [
+        torch.optim.AdamW(group, lr=lr, weight_decay=0.01, fused=True) for group, lr in zip(groups, RATES, strict=False)
+    ]
+    x, labels = (torch.from_numpy(np.array(leaf)).to(device) for leaf in model.batch)
+    labels = labels.long()
+
+    def run() -> Any:
+        for _ in range(times):
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss = torch.nn.functional.cross_entropy(network(x), labels)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return None
+
+    return run

@@ -1,0 +1,146 @@
+"""The compiled update against steps written by hand and against other libraries, as ratios.
+
+python benchmarks/update.py [name ...]      # all tables, or those named
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from harness import machine, measure, print_table
+from models import MODELS, Model, mlp
+from steps import eqx_jit, hand_written, multi_transform, nnx_jit, optimizer, repeated, torch_adam, updated
+
+import functrain as ft
+
+TINY, LARGE = "transformer, 126 tiny leaves", "transformer, 12M"
+
+
+def main() -> None:
+    tables = {"update": one_update, "many": many, "others": others, "program": programs, "compile": compile_times}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", choices=[*tables, []], help="which tables to make")
+    print(machine())
+    for name in parser.parse_args().tables or tables:
+        tables[name]()
+
+
+def one_update() -> None:
+    rows = [("model", "by hand", "update", "multi_transform", "(by hand)")]
+    for name, make in MODELS.items():
+        model = make()
+        times = 2 if name == LARGE else 16
+        ratios = measure(
+            {
+                "by hand": repeated(*hand_written(model), model.batch, times),
+                "update": updated(model, times),
+                "multi_transform": repeated(*multi_transform(model), model.batch, times),
+            },
+            calls=2,
+        )
+        figures = (f"{ratios[key]:.3f}" for key in ("by hand", "update", "multi_transform"))
+        rows.append((name, *figures, f"{ratios['seconds'] / times * 1e3:.2f} ms"))
+    print_table("One update: time as a ratio to the step written by hand", rows)
+
+
+def many() -> None:
+    rows = [("model", "scan of 16", "accumulate=8", "MultiSteps(8)", "measured at 1 step in 50")]
+    for name in (TINY, LARGE):
+        model = MODELS[name]()
+        candidates = {
+            "by hand": repeated(*hand_written(model), model.batch, 16),
+            "scan": updated(model, 16, "scan"),
+            "accumulate": updated(model, 16, accumulate=8),
+            "MultiSteps": repeated(*multi_transform(model, 8), model.batch, 16),
+        }
+        ratios = measure(candidates, calls=1, rounds=9 if name == LARGE else 31)
+        telemetry = measured_at_times(model) if name == TINY else None
+        figures = [f"{ratios[key]:.2f}" for key in ("scan", "accumulate", "MultiSteps")]
+        rows.append((name, *figures, "" if telemetry is None else f"{telemetry:.3f}"))
+    print_table("A batch: time as a ratio to one step written by hand (of measured: to the plain update)", rows)
+
+
+def measured_at_times(model: Model) -> float:
+    plain, with_telemetry = updated(model, 50), updated(model, 50, measured_every=50)
+    return measure({"plain": plain, "measured": with_telemetry}, calls=1)["measured"]
+
+
+def others() -> None:
+    model = mlp()
+    candidates = {
+        "by hand": repeated(*hand_written(model), model.batch, 16),
+        "update": updated(model, 16),
+        "eqx.filter_jit": eqx_jit(model, 16),
+        "nnx.jit + nnx.Optimizer": nnx_jit(model, 16),
+        "PyTorch, two fused Adams": torch_adam(model, 16),
+    }
+    ratios = measure({name: run for name, run in candidates.items() if run is not None}, calls=2)
+    rows = [("how", "ratio"), *((name, f"{ratios[name]:.2f}") for name in ratios if name != "seconds")]
+    print_table("An MLP of 92,000 parameters, one update", rows)
+
+
+def compiled_programs(model: Model, **options: Any) -> tuple[Any, Any]:
+    """The program written by hand, and the update's, compiled but not run."""
+    step, state = hand_written(model, **{key: value for key, value in options.items() if key == "frozen"})
+    by_hand = jax.jit(step, donate_argnums=(0, 1)).lower(*state, model.batch).compile()
+    update, state = make(model, **options)
+    return by_hand, update.lower(state, model.batch).compile()
+
+
+def make(model: Model, **options: Any) -> tuple[ft.Update, ft.TrainState]:
+    update = ft.make_update(model.loss, optimizer(model, frozen=options.pop("frozen", ())), **options)
+    return update, update.init(model.params)
+
+
+def programs() -> None:
+    rows = [("model", "FLOPs", "bytes accessed", "peak memory")]
+    cases = {name: {} for name in MODELS} | {f"{TINY}, matrices frozen": {"frozen": ("matrices",)}}
+    for name, options in cases.items():
+        model = MODELS[name.removesuffix(", matrices frozen")]()
+        by_hand, ours = compiled_programs(model, **options)
+        costs = [program.cost_analysis() for program in (ours, by_hand)]
+        peaks = [peak(program) for program in (ours, by_hand)]
+        figures = [costs[0][key] / costs[1][key] for key in ("flops", "bytes accessed")]
+        rows.append((name, *(f"{figure:.3f}" for figure in (*figures, peaks[0] / peaks[1]))))
+    print_table("The compiled program, as a ratio to that of the step written by hand", rows)
+
+
+def peak(program: Any) -> float:
+    """Bytes in use at the worst moment: arguments, outputs that take no argument's place, and temporaries."""
+    memory = program.memory_analysis()
+    inputs_outputs = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return float(inputs_outputs + memory.temp_size_in_bytes)
+
+
+def compile_times() -> None:
+    rows = [("model", "trace + compile")]
+    for name, make_model in MODELS.items():
+        model = make_model()
+
+        def by_hand(model: Model = model) -> Any:
+            step, state = hand_written(model)
+            return lambda: jax.jit(step, donate_argnums=(0, 1)).lower(*state, model.batch).compile()
+
+        def ours(model: Model = model) -> Any:
+            update, state = make(model)
+            return lambda: update.lower(state, model.batch).compile()
+
+        ratios = [timed(ours()) / timed(by_hand()) for _ in range(5 if name == LARGE else 9)]
+        rows.append((name, f"{statistics.median(ratios):.2f}"))
+    print_table("Trace and compile, as a ratio to the step written by hand", rows)
+
+
+def timed(function: Callable[[], Any]) -> float:
+    jax.clear_caches()
+    gc.collect()
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
