@@ -21,7 +21,7 @@ TINY, LARGE = "transformer, 126 tiny leaves", "transformer, 12M"
 
 
 def main() -> None:
-    tables = {"update": one_update, "many": many, "others": others, "program": programs, "compile": compile_times}
+    tables = {"update": one_update, "many": many, "others": others, "seeds": seeds, "program": programs, "compile": compile_times}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", choices=[*tables, []], help="which tables to make")
     print(machine())
@@ -81,6 +81,24 @@ def others() -> None:
     ratios = measure({name: run for name, run in candidates.items() if run is not None}, calls=2)
     rows = [("how", "ratio"), *((name, f"{ratios[name]:.2f}") for name in ratios if name != "seconds")]
     print_table("An MLP of 92,000 parameters, one update", rows)
+
+
+def seeds() -> None:
+    """Eight seeds at once, with `update.pure` under `vmap`, against eight runs of one after the other."""
+    model, count, times = mlp(64), 8, 16
+    update = ft.make_update(model.loss, optimizer(model))
+    states = jax.vmap(lambda scale: update.init(jax.tree.map(lambda leaf: leaf * scale, model.params)))(jnp.ones(count))
+    step = jax.jit(jax.vmap(update.pure, in_axes=(0, None)), donate_argnums=0)
+
+    def at_once() -> Any:
+        nonlocal states
+        for _ in range(times):
+            states, metrics = step(states, model.batch)
+        return states, metrics
+
+    ratios = measure({"one run": updated(model, times), "eight at once": at_once}, calls=2)
+    rows = [("how", "ratio to eight runs"), ("eight seeds under vmap", f"{ratios['eight at once'] / count:.2f}")]
+    print_table("Eight seeds of a small MLP", rows)
 
 
 def compiled_programs(model: Model, **options: Any) -> tuple[Any, Any]:

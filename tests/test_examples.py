@@ -40,6 +40,13 @@ def test_multiple_optimizers_learns_the_digits(tmp_path):
     assert accuracy_in(run("multiple_optimizers.py", "--data-dir", tmp_path)) >= 0.85
 
 
+def test_many_seeds_learn_the_digits_each_in_its_own_way(tmp_path):
+    output = run("many_seeds.py", "--data-dir", tmp_path)
+    each = re.search(r"of each seed ([\d. ]+)$", output)[1].split()
+    assert len(set(each)) > 1
+    assert min(map(float, each)) >= 0.8  # Chance is 0.1.
+
+
 def test_the_data_is_written_once_and_split_without_overlap(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import digits

@@ -54,12 +54,15 @@ def test_every_python_block_runs_in_order(monkeypatch):
         "eqx_model": eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0)),
         "haiku_model": hk.transform(lambda x: hk.nets.MLP([4, 1])(x)),
     }
-    loop, rates, *models = blocks("python")
+    loop, rates, compiled, *models = blocks("python")
     exec(loop, names)
     (table,) = blocks("text")
     assert f"{names['optim']}\n" == table
     exec(rates, names)
     assert abs(float(names["optim"].learning_rates(names["opt_state"])["conv1"]) - 1e-4) < 1e-10
+    names["batches"] = names["batches"][:6]
+    exec(compiled, names)
+    assert int(names["state"].step) == 3  # Four batches, two that were left over, and four in a scan.
     assert len(models) == 5
     for block in models:
         exec(block, names)
