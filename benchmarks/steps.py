@@ -119,8 +119,8 @@ def updated(model: Model, times: int, method: str = "__call__", *, measured_ever
     return run
 
 
-def nnx_jit(model: Model, times: int) -> Any:
-    """The MLP as a Flax NNX module under `nnx.jit`, with an `nnx.Optimizer` for each part."""
+def nnx_network(model: Model) -> Any:
+    """The MLP as a Flax NNX module."""
     from flax import nnx
 
     class Network(nnx.Module):
@@ -130,20 +130,37 @@ def nnx_jit(model: Model, times: int) -> Any:
                 module.kernel[...], module.bias[...] = layer["kernel"], layer["bias"]
                 setattr(self, name, module)
 
-    network = Network(model.params)
+    return Network(model.params)
+
+
+def nnx_loss(network: Any, batch: Any) -> jax.Array:
+    x, labels = batch
+    x = jax.nn.relu(network.linear1(jax.nn.relu(network.linear0(x))))
+    return optax.softmax_cross_entropy_with_integer_labels(network.linear2(x), labels).mean()
+
+
+def nnx_updated(model: Model, times: int) -> Any:
+    """The NNX module through `make_update`: split once, merged inside the loss."""
+    from flax import nnx
+
+    graphdef, params = nnx.split(nnx_network(model))
+    split = model._replace(params=params, loss=lambda params, batch: nnx_loss(nnx.merge(graphdef, params), batch))
+    return updated(split, times)
+
+
+def nnx_jit(model: Model, times: int) -> Any:
+    """The MLP as a Flax NNX module under `nnx.jit`, with an `nnx.Optimizer` for each part."""
+    from flax import nnx
+
+    network = nnx_network(model)
     head = nnx.All(nnx.Param, nnx.PathContains("linear2"))
     body = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("linear2")))
     txs = transforms(model)
     optimizers = [nnx.Optimizer(network, txs[part], wrt=wrt) for part, wrt in (("head", head), ("body", body))]
 
-    def loss(network: Network, batch: Any) -> jax.Array:
-        x, labels = batch
-        x = jax.nn.relu(network.linear1(jax.nn.relu(network.linear0(x))))
-        return optax.softmax_cross_entropy_with_integer_labels(network.linear2(x), labels).mean()
-
     @nnx.jit(donate_argnums=(0, 1, 2))
-    def step(network: Network, first: Any, second: Any, batch: Any) -> jax.Array:
-        value, grads = nnx.value_and_grad(loss)(network, batch)
+    def step(network: Any, first: Any, second: Any, batch: Any) -> jax.Array:
+        value, grads = nnx.value_and_grad(nnx_loss)(network, batch)
         first.update(network, nnx.filter_state(grads, head))
         second.update(network, nnx.filter_state(grads, body))
         return value

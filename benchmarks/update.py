@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from harness import machine, measure, print_table
 from models import MODELS, Model, mlp
-from steps import eqx_jit, hand_written, multi_transform, nnx_jit, optimizer, repeated, torch_adam, updated
+from steps import eqx_jit, hand_written, multi_transform, nnx_jit, nnx_updated, optimizer, repeated, torch_adam, updated
 
 import functrain as ft
 
@@ -21,7 +22,14 @@ TINY, LARGE = "transformer, 126 tiny leaves", "transformer, 12M"
 
 
 def main() -> None:
-    tables = {"update": one_update, "many": many, "others": others, "seeds": seeds, "program": programs, "compile": compile_times}
+    tables = {
+        "update": one_update,
+        "many": many,
+        "others": others,
+        "seeds": seeds,
+        "program": programs,
+        "compile": compile_times,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", choices=[*tables, []], help="which tables to make")
     print(machine())
@@ -76,6 +84,7 @@ def others() -> None:
         "update": updated(model, 16),
         "eqx.filter_jit": eqx_jit(model, 16),
         "nnx.jit + nnx.Optimizer": nnx_jit(model, 16),
+        "update of the same NNX model": nnx_updated(model, 16),
         "PyTorch, two fused Adams": torch_adam(model, 16),
     }
     ratios = measure({name: run for name, run in candidates.items() if run is not None}, calls=2)

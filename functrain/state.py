@@ -44,6 +44,22 @@ class TrainState:
     window: Accumulated | None
     loss_scale: Any
 
+    def __getattr__(self, name: str) -> Any:
+        # Between two updates nobody looks at most fields, and flattening and unflattening them would cost more than
+        # many a step: an update hands on their leaves, and a field is put together when it is first asked for.
+        leaves = self.__dict__.get("_leaves", {})
+        if name not in leaves:
+            raise AttributeError(f"TrainState has no attribute {name!r}")
+        value = self.__dict__["_form"].unflatten(name, leaves[name])
+        object.__setattr__(self, name, value)
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+LASTING = ("params", "opt_state", "model_state", "loss_scale")
+
 
 def initial_state(
     optim: Optimizer, params: PyTree, model_state: Any, key: Any, loss_scale: Any, *, copy: bool
@@ -96,33 +112,42 @@ def abstract_state(
     return TrainState(params, opt_state, model_state, key, counter, counter, counter, None, scale)
 
 
-class Layout:
-    """The shardings of the lasting fields of a state; hashed once, as it is looked at in every call."""
+class Form:
+    """The tree types and shardings of the lasting fields of a state; hashed once, as every call looks at it."""
 
     def __init__(self, state: TrainState):
-        fields = ("params", "opt_state", "model_state", "loss_scale")
-        self.shardings = {name: jax.tree.map(lambda leaf: leaf.sharding, getattr(state, name)) for name in fields}
-        self._leaves = tuple(jax.tree.leaves(self.shardings))
-        self._hash = hash(self._leaves)
+        flat = {name: jax.tree.flatten(getattr(state, name)) for name in LASTING}
+        self.treedefs = {name: treedef for name, (_, treedef) in flat.items()}
+        self.shardings = None
+        if _replicated(state.params) is not None:
+            self.shardings = {name: [leaf.sharding for leaf in leaves] for name, (leaves, _) in flat.items()}
+        self._values = (tuple(self.treedefs.values()), tuple(jax.tree.leaves(self.shardings)))
+        self._hash = hash(self._values)
+
+    def unflatten(self, name: str, leaves: list[Any]) -> Any:
+        """A lasting field, or a tree like it, from its leaves."""
+        return jax.tree.unflatten(self.treedefs[name], leaves)
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Layout) and self._leaves == other._leaves)
+        return self is other or (isinstance(other, Form) and self._values == other._values)
 
 
-def layout(state: TrainState) -> Layout | None:
-    """The layout of a state that is spread over several devices, else None; kept with the state once it is found."""
-    if "_layout" not in state.__dict__:
-        keep_layout(state, None if _replicated(state.params) is None else Layout(state))
-    found: Layout | None = state.__dict__["_layout"]
-    return found
+def taken_apart(state: TrainState) -> tuple[Form, dict[str, list[Any]]]:
+    """The form of a state and the leaves of its lasting fields; found once and kept with the state."""
+    if "_form" not in state.__dict__:
+        object.__setattr__(state, "_form", Form(state))
+        object.__setattr__(state, "_leaves", {name: jax.tree.leaves(getattr(state, name)) for name in LASTING})
+    return state.__dict__["_form"], state.__dict__["_leaves"]
 
 
-def keep_layout(state: TrainState, found: Layout | None) -> None:
-    """Remembers the layout of a state that is known to have it: finding it takes a look at every leaf."""
-    object.__setattr__(state, "_layout", found)
+def put_together(form: Form, leaves: dict[str, list[Any]], **others: Any) -> TrainState:
+    """A state whose lasting fields are unflattened when they are first looked at, if ever."""
+    state = object.__new__(TrainState)
+    state.__dict__.update(others, _form=form, _leaves=leaves)
+    return state
 
 
 def as_array(leaf: Any) -> jax.Array:

@@ -15,13 +15,14 @@ from functrain.optimizer import Optimizer
 from functrain.paths import PyTree, flatten, listed
 from functrain.precision import DynamicScale, caster
 from functrain.state import (
-    Layout,
+    LASTING,
+    Form,
     TrainState,
     UpdateError,
     abstract_state,
     initial_state,
-    keep_layout,
-    layout,
+    put_together,
+    taken_apart,
 )
 from functrain.step import After, Metrics, Step
 
@@ -256,41 +257,48 @@ class Update:
         if sums:
             lr, measured = None, False
         returned, metrics = self._program(kind, state, measured)(*self._arguments(kind, state), batch, lr)
+        form, leaves = taken_apart(state)
         windows = batches // self.step.accumulate if kind == "scan" else 1 - sums
-        fields = {**state.__dict__, "window": None, **returned}
-        fields["step"] = np.int32(state.step + windows)
-        fields["batches"] = np.int32(state.batches + batches)
-        fields["pending"] = np.int32(state.pending + 1 if sums else 0)
-        found = fields.pop("_layout")
-        new = TrainState(**fields)
-        keep_layout(new, found)
+        new = put_together(
+            form,
+            {name: returned.get(name, leaves[name]) for name in LASTING},
+            key=state.key,
+            step=np.int32(state.step + windows),
+            batches=np.int32(state.batches + batches),
+            pending=np.int32(state.pending + 1 if sums else 0),
+            window=returned.get("window"),
+        )
         return new, metrics
 
     def _arguments(self, kind: str, state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-        fields, program = state.__dict__, self._programs[kind]
+        program, fields = self._programs[kind], {**state.__dict__, **taken_apart(state)[1]}
         return {name: fields[name] for name in program.consumes}, {name: fields[name] for name in program.reads}
 
     def _program(self, kind: str, state: TrainState, measured: bool) -> Any:
-        found = layout(state)
-        compiled = self._compiled.get((kind, measured, found))
+        form, _ = taken_apart(state)
+        compiled = self._compiled.get((kind, measured, form))
         if compiled is None:
-            compiled = self._compiled[kind, measured, found] = self._compile(kind, measured, found)
+            compiled = self._compiled[kind, measured, form] = self._compile(kind, measured, form)
         return compiled
 
-    def _compile(self, kind: str, measured: bool, found: Layout | None) -> Callable[..., Any]:
+    def _compile(self, kind: str, measured: bool, form: Form) -> Callable[..., Any]:
         program = self._programs[kind]
         nothing = {field.name: None for field in dataclasses.fields(TrainState)} | {"pending": 0}
 
         def run(consumed: Any, read: Any, batch: Any, lr: Any) -> tuple[dict[str, Any], Metrics]:
-            state = TrainState(**nothing | read | consumed)
-            state, metrics = program.body(state, batch, lr, measured)
-            return {name: getattr(state, name) for name in program.returns}, metrics
+            fields = {**consumed, **read}
+            trees = {name: form.unflatten(name, fields[name]) for name in LASTING if name in fields}
+            state, metrics = program.body(TrainState(**{**nothing, **fields, **trees}), batch, lr, measured)
+            returned = {name: getattr(state, name) for name in program.returns}
+            leaves = {name: jax.tree.leaves(returned[name]) for name in LASTING if name in returned}
+            return {**returned, **leaves}, metrics
 
         run.__name__ = f"functrain_{kind}"
         out_shardings = None
-        if found is not None:
-            split = self.step.optim.parts.split(found.shardings["params"])
+        if form.shardings is not None:
+            params = form.unflatten("params", form.shardings["params"])
+            split = self.step.optim.parts.split(params)
             grads = {part: split[part] for part in self.step.optim.trained}
-            known = {**found.shardings, "window": Accumulated(sums=(grads, None), weights=None)}
+            known = {**form.shardings, "window": Accumulated(sums=(grads, None), weights=None)}
             out_shardings = ({name: known[name] for name in program.returns}, None)
         return jax.jit(run, donate_argnums=0, out_shardings=out_shardings)
