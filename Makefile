@@ -15,6 +15,7 @@ test: .venv/.dev
 
 bench: .venv/.bench
 	$(BIN)/python benchmarks/partition.py
+	$(BIN)/python benchmarks/update.py
 
 # One stamp an extra: made anew when pyproject.toml is newer than what is installed.
 .venv/.%: pyproject.toml | .venv/bin/python

@@ -56,7 +56,7 @@ def one_update() -> None:
 
 
 def many() -> None:
-    rows = [("model", "scan of 16", "accumulate=8", "MultiSteps(8)", "measured at 1 step in 50")]
+    rows = [("model", "scan of 16", "accumulate=8", "MultiSteps(8)")]
     for name in (TINY, LARGE):
         model = MODELS[name]()
         candidates = {
@@ -65,16 +65,16 @@ def many() -> None:
             "accumulate": updated(model, 16, accumulate=8),
             "MultiSteps": repeated(*multi_transform(model, 8), model.batch, 16),
         }
-        ratios = measure(candidates, calls=1, rounds=9 if name == LARGE else 31)
-        telemetry = measured_at_times(model) if name == TINY else None
-        figures = [f"{ratios[key]:.2f}" for key in ("scan", "accumulate", "MultiSteps")]
-        rows.append((name, *figures, "" if telemetry is None else f"{telemetry:.3f}"))
-    print_table("A batch: time as a ratio to one step written by hand (of measured: to the plain update)", rows)
+        ratios = measure(candidates, **({"rounds": 9, "calls": 1} if name == LARGE else {"calls": 8}))
+        rows.append((name, *(f"{ratios[key]:.2f}" for key in ("scan", "accumulate", "MultiSteps"))))
+    print_table("Many batches: time of one as a ratio to one step written by hand", rows)
 
-
-def measured_at_times(model: Model) -> float:
-    plain, with_telemetry = updated(model, 50), updated(model, 50, measured_every=50)
-    return measure({"plain": plain, "measured": with_telemetry}, calls=1)["measured"]
+    rows = [("model", "measured at 1 step in 50")]
+    for name in (TINY, "transformer, 64 wide"):
+        model = MODELS[name]()
+        candidates = {"plain": updated(model, 50), "measured": updated(model, 50, measured_every=50)}
+        rows.append((name, f"{measure(candidates, calls=2, rounds=15)['measured']:.3f}"))
+    print_table("Telemetry: time as a ratio to the update without it", rows)
 
 
 def others() -> None:

@@ -65,7 +65,8 @@ def initial_state(
     optim: Optimizer, params: PyTree, model_state: Any, key: Any, loss_scale: Any, *, copy: bool
 ) -> TrainState:
     """A state whose every buffer is its own, so that all of it can be donated."""
-    if bad := [path for path, leaf in flatten(params).items() if not isinstance(leaf, jax.Array | np.ndarray | float)]:
+    arrays = jax.Array | np.ndarray | np.generic | int | float | complex
+    if bad := [path for path, leaf in flatten(params).items() if not isinstance(leaf, arrays)]:
         raise UpdateError(
             f"params hold {listed(bad)}, which is no array: a TrainState takes arrays only; split the rest off first,"
             " e.g. with eqx.partition(model, eqx.is_array), and put it back in the loss function"

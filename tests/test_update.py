@@ -349,6 +349,32 @@ def test_flax_nnx_with_batch_norm(accumulate, microbatches):
     assert not jnp.array_equal(ft.flatten(state.model_state)["norm/mean"], ft.flatten(stats)["norm/mean"])
 
 
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"microbatches": 2}, {"nonfinite": "skip"}])
+def test_flax_nnx_with_dropout_whose_random_keys_are_model_state(options):
+    class Dropping(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(4, 1, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.linear(self.dropout(x))
+
+    graphdef, params, streams = nnx.split(Dropping(nnx.Rngs(0)), nnx.Param, ...)
+
+    def loss_fn(params, batch, model_state):
+        model = nnx.merge(graphdef, params, model_state)
+        return ft.Loss(jnp.mean(model(batch) ** 2), model_state=nnx.state(model, nnx.Not(nnx.Param)))
+
+    optim = ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.sgd(0.0)})
+    update = ft.make_update(loss_fn, optim, **options)
+    state, losses = update.init(params, model_state=streams), []
+    for _ in range(3):
+        state, metrics = update(state, jnp.ones((6, 4)))
+        losses.append(float(metrics["loss"]))
+    assert len(set(losses)) == 3
+    assert int(ft.flatten(state.model_state)["dropout/rngs/count"]) == 3 * options.get("microbatches", 1)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_moving_average_by_after_is_exact(accumulate):
     def average(params, model_state, step):
