@@ -4,13 +4,14 @@ A pure `train_step` returns gradients; a partition splits them by path; each par
 """
 
 from functrain.accumulate import Accumulated, AccumulationError, accumulate, zeros
-from functrain.gradients import Loss, LossError, make_train_step
+from functrain.gradients import Loss, make_train_step
 from functrain.learning_rate import with_lr
 from functrain.optimizer import FROZEN, Optimizer
 from functrain.optimizer_state import OptimizerError
 from functrain.partition import Partition, partition, take
 from functrain.paths import PartitionError, flatten, non_float, unflatten
 from functrain.precision import DynamicScale
+from functrain.routes import LossError
 from functrain.state import TrainState, UpdateError
 from functrain.update import Update, make_update
 

@@ -1,7 +1,9 @@
 """Pure gradients, by part."""
 
 import dataclasses
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +13,9 @@ import numpy as np
 
 from functrain.partition import Partition
 from functrain.paths import PyTree, flatten, listed, non_float
+from functrain.routes import LossError, Route, Weight, normalised, weighted_sum, weightings
 
 CONTEXT = ("key", "model_state", "step")
-
-
-class LossError(ValueError):
-    """A loss function, or what it returned, that no gradient can be taken of."""
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +28,7 @@ class Loss:
     (0.5, 32)
 
     Attributes:
-      value: a floating-point scalar, or a dict of named ones, of which the sum is minimised.
+      value: a floating-point scalar, or a dict of named ones, of which the sum is minimised, weighted or routed.
       weight: what the mean in `value` is over (examples, unmasked tokens): a scalar >= 0, by which accumulation weighs
         gradients.
       metrics: any pytree to report; no gradient flows through it.
@@ -43,12 +42,23 @@ class Loss:
 
     @property
     def total(self) -> Any:
-        """The scalar that is minimised."""
-        return sum(self.value.values()) if isinstance(self.value, Mapping) else self.value
+        """The plain sum of the values."""
+        return functools.reduce(operator.add, self.values.values())
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The values by name; a single one has the name "loss"."""
+        return dict(self.value) if isinstance(self.value, Mapping) else {"loss": self.value}
 
 
 def make_train_step(
-    loss_fn: Callable[..., Any], parts: Partition | None = None, *, wrt: str | Sequence[str] | None = None
+    loss_fn: Callable[..., Any],
+    parts: Partition | None = None,
+    *,
+    wrt: str | Sequence[str] | None = None,
+    route: Route | None = None,
+    loss_weights: Mapping[str, Weight] | None = None,
+    per_loss: bool = False,
 ) -> Callable[..., tuple[Any, Loss]]:
     """Makes a pure function that returns the gradients of a loss.
 
@@ -64,6 +74,11 @@ def make_train_step(
       parts: with a partition the gradients come split, `{part: {path: gradient}}`; without, as a tree like params.
       wrt: the parts to differentiate, usually `optim.trained`; None for all. What is not named costs nothing: no
         backward pass, no buffer.
+      route: `{part: losses}` for every differentiated part: the name of a loss, a sequence of names, or
+        `{loss: weight}`. A part's gradient is of these losses alone, at the same parameters for all, from one forward
+        pass and one backward pass for each distinct weighting. Without a route every part learns from the sum.
+      loss_weights: `{loss: weight}` for the sum; 1 for those not named. A weight is a number or a schedule of `step`.
+      per_loss: return `{loss: gradients}`, the unweighted gradient of each loss, for those who combine them themselves.
 
     Returns:
       `train_step(params, batch, *, key=None, model_state=None, step=None) -> (grads, loss)`. Each gradient has its
@@ -76,12 +91,13 @@ def make_train_step(
         differentiated part that is not floating point.
       PartitionError: `wrt` names an unknown part, or params are not of the partition's structure.
     """
-    gradient = make_gradient(loss_fn, parts, wrt)
+    gradient = make_gradient(loss_fn, parts, wrt, route=route, loss_weights=loss_weights, per_loss=per_loss)
 
     def train_step(
         params: PyTree, batch: Any, *, key: Any = None, model_state: Any = None, step: Any = None
     ) -> tuple[Any, Loss]:
-        return gradient(params, batch, {"key": key, "model_state": model_state, "step": step})
+        grads, loss, _ = gradient(params, batch, {"key": key, "model_state": model_state, "step": step})
+        return grads, loss
 
     return train_step
 
@@ -91,7 +107,11 @@ def make_gradient(
     parts: Partition | None,
     wrt: str | Sequence[str] | None,
     cast: Callable[[PyTree], PyTree] = lambda params: params,
-) -> Callable[..., tuple[Any, Loss]]:
+    *,
+    route: Route | None = None,
+    loss_weights: Mapping[str, Weight] | None = None,
+    per_loss: bool = False,
+) -> Callable[..., tuple[Any, Loss, Any]]:
     """What `make_train_step` and the compiled update are made of.
 
     Args:
@@ -99,9 +119,13 @@ def make_gradient(
       parts: as for `make_train_step`.
       wrt: as for `make_train_step`.
       cast: given the whole params, returns those that the loss is computed with; gradients flow through it.
+      route: as for `make_train_step`.
+      loss_weights: as for `make_train_step`.
+      per_loss: as for `make_train_step`.
 
     Returns:
-      `gradient(params, batch, given, scale=None) -> (grads, loss)`. `given` has a value or None for each of `CONTEXT`.
+      `gradient(params, batch, given, scale=None) -> (grads, loss, total)`; `total` is what was minimised: the weighted
+      sum, or with a route the plain one. `given` has a value or None for each of `CONTEXT`.
       The loss is multiplied by `scale` before it is differentiated, and the gradients, in float32, divided by it.
     """
     accepted = accepted_context(loss_fn)
@@ -110,18 +134,34 @@ def make_gradient(
     if parts is not None:
         wrt = parts.names if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
         parts.check_names(wrt, "wrt")
+    if sum(option is not None and option is not False for option in (route, loss_weights, per_loss)) > 1:
+        raise LossError("route, loss_weights and per_loss exclude each other: put the weights into the route")
+    if route is not None and parts is None:
+        raise LossError("route needs a partition: make_train_step(loss_fn, parts, route=...)")
+    routed = None if route is None else normalised(route, wrt or ())
+    named_before: list[tuple[str, ...]] = []
 
-    def gradient(params: PyTree, batch: Any, given: Mapping[str, Any], scale: Any = None) -> tuple[Any, Loss]:
+    def gradient(params: PyTree, batch: Any, given: Mapping[str, Any], scale: Any = None) -> tuple[Any, Loss, Any]:
         context = {name: given[name] for name, required in accepted.items() if required or given[name] is not None}
         if absent := [name for name in context if context[name] is None]:
             raise LossError(f"{_name(loss_fn)} declares {listed(absent)}: call train_step(..., {absent[0]}=...)")
 
-        def objective(differentiated: Any) -> tuple[jax.Array, Loss]:
+        def losses(differentiated: Any) -> tuple[dict[str, Any], Loss]:
             whole = differentiated if parts is None else parts.merge(differentiated, into=params)
             # Flax NNX refuses Variables that were made outside of the function that is differentiated.
             inner = {name: jax.tree.map(lambda leaf: leaf, value) for name, value in context.items()}
             loss = _completed(loss_fn(cast(whole), batch, **inner), loss_fn, given["model_state"])
-            return loss.total if scale is None else loss.total.astype(jnp.float32) * scale, loss
+            _check_names_stay(loss, named_before, loss_fn)
+            return {name: jnp.asarray(value) for name, value in loss.values.items()}, loss
+
+        def scaled(values: Mapping[str, Any], weights: Mapping[str, Weight]) -> Any:
+            total = weighted_sum(values, weights, given["step"])
+            return total if scale is None else total.astype(jnp.float32) * scale
+
+        def summed(differentiated: Any) -> tuple[Any, tuple[Loss, Any]]:
+            values, loss = losses(differentiated)
+            ((_, weights),) = weightings(list(values), (), None, loss_weights or {})
+            return scaled(values, weights), (loss, weighted_sum(values, weights, given["step"]))
 
         if parts is None:
             differentiated = params
@@ -129,10 +169,40 @@ def make_gradient(
             split = parts.split(params)
             differentiated = {part: split[part] for part in wrt or ()}
         _check_differentiable(differentiated, split=parts is not None)
-        grads, loss = jax.grad(objective, has_aux=True)(differentiated)
-        return grads if scale is None else jax.tree.map(lambda grad: grad.astype(jnp.float32) / scale, grads), loss
+        if routed is None and not per_loss:
+            grads, (loss, total) = jax.grad(summed, has_aux=True)(differentiated)
+        else:
+            values, tangents, loss = jax.linearize(losses, differentiated, has_aux=True)
+            total = loss.total
+
+            def pulled_back(weights: Mapping[str, Weight]) -> Any:
+                """One backward pass, of one weighted sum: no other loss is in it, not even multiplied by zero."""
+                transposed = jax.linear_transpose(lambda tangent: scaled(tangents(tangent), weights), differentiated)
+                return transposed(jnp.ones((), jax.eval_shape(lambda: scaled(values, weights)).dtype))[0]
+
+            if per_loss:
+                grads = {name: pulled_back({name: 1.0}) for name in values}
+            else:
+                grads = {}
+                for weighting in weightings(list(values), wrt or (), routed, {}):
+                    of_all = pulled_back(weighting.weights)
+                    grads |= {part: of_all[part] for part in weighting.parts}
+        if scale is not None:
+            grads = jax.tree.map(lambda grad: grad.astype(jnp.float32) / scale, grads)
+        return grads, loss, total
 
     return gradient
+
+
+def _check_names_stay(loss: Loss, before: list[tuple[str, ...]], loss_fn: Callable[..., Any]) -> None:
+    """Raises if a loss function returns other names than when it was traced before: what it is logged as would jump."""
+    names = tuple(sorted(loss.values))
+    if before and before[0] != names:
+        raise LossError(
+            f"{_name(loss_fn)} returned the losses {listed(names)}, and before {listed(before[0])}: return the same"
+            " names in every call, a constant 0.0 where one does not apply"
+        )
+    before[:] = [names]
 
 
 def check_weight(weight: Any) -> None:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from functrain.accumulate import accumulate, zeros
-from functrain.gradients import Loss, LossError
+from functrain.gradients import Loss
 from functrain.optimizer import Optimizer
 from functrain.paths import PyTree, difference, flatten, listed, same_structure
 from functrain.precision import DynamicScale
+from functrain.routes import LossError
 from functrain.state import TrainState, UpdateError, as_array
 from functrain.telemetry import by_part
 
@@ -28,7 +29,7 @@ class Step:
     """
 
     optim: Optimizer
-    gradient: Callable[..., tuple[Any, Loss]]
+    gradient: Callable[..., tuple[Any, Loss, Any]]
     accumulate: int
     microbatches: int
     skips: bool
@@ -86,11 +87,11 @@ class Step:
 
         def gradients(batch: Any, key: Any, model_state: Any) -> tuple[Any, Metrics, Any, Any]:
             given = {"key": key, "model_state": model_state, "step": state.step}
-            grads, loss = self.gradient(state.params, batch, given, scale)
+            grads, loss, total = self.gradient(state.params, batch, given, scale)
             new = _like(loss.model_state, model_state, "the model_state that the loss function returned")
             if self.skips:
                 new = _where(_finite(grads), new, model_state)
-            return grads, _metrics(loss), loss.weight, new
+            return grads, _metrics(loss, total), loss.weight, new
 
         if self.microbatches == 1:
             return gradients(batch, key, state.model_state)
@@ -155,12 +156,12 @@ def _counted(state: TrainState, batches: int) -> TrainState:
     return dataclasses.replace(state, batches=state.batches + batches, pending=state.pending + batches)
 
 
-def _metrics(loss: Loss) -> Metrics:
+def _metrics(loss: Loss, total: Any) -> Metrics:
     named = dict(loss.value) if isinstance(loss.value, Mapping) else {}
     other = dict(loss.metrics) if isinstance(loss.metrics, Mapping) else {"metrics": loss.metrics}
     if twice := sorted(({"loss"} & {*named, *other}) | (named.keys() & other.keys()) | (RESERVED & {*named, *other})):
         raise LossError(f"{listed(twice)} names a loss or a metric, and something else in the metrics: rename it")
-    return {"loss": loss.total, **named, **other}
+    return {"loss": total, **named, **other}
 
 
 def _as_sums(metrics: Metrics) -> Any:

@@ -14,6 +14,7 @@ from functrain.gradients import accepted_context, make_gradient
 from functrain.optimizer import Optimizer
 from functrain.paths import PyTree, flatten, listed
 from functrain.precision import DynamicScale, caster
+from functrain.routes import Route, Weight
 from functrain.state import (
     LASTING,
     Form,
@@ -38,6 +39,8 @@ def make_update(
     after: After | None = None,
     compute_dtype: Any = None,
     loss_scale: DynamicScale | None = None,
+    route: Route | None = None,
+    loss_weights: Mapping[str, Weight] | None = None,
 ) -> "Update":
     """Makes the compiled update of a loss function and an optimizer.
 
@@ -69,6 +72,9 @@ def make_update(
       compute_dtype: the dtype of the params that the loss is given, or `{part: dtype}`; masters and gradients keep
         theirs.
       loss_scale: a `DynamicScale`, for float16; it implies `nonfinite="skip"`.
+      route: which losses each part learns from, as for `make_train_step`; the "loss" in the metrics is then the plain
+        sum of all.
+      loss_weights: the weights of named losses in the sum, as for `make_train_step`; each is logged unweighted.
 
     Raises:
       UpdateError: an option that is none of these.
@@ -82,7 +88,8 @@ def make_update(
         raise UpdateError(f"remainder={remainder!r}: write 'flush', 'drop' or 'carry'")
     if nonfinite not in ("raise", "skip"):
         raise UpdateError(f"nonfinite={nonfinite!r}: write 'raise' or 'skip'")
-    gradient = make_gradient(loss_fn, optim.parts, optim.trained, caster(optim.parts, compute_dtype))
+    cast = caster(optim.parts, compute_dtype)
+    gradient = make_gradient(loss_fn, optim.parts, optim.trained, cast, route=route, loss_weights=loss_weights)
     required = {name for name, is_required in accepted_context(loss_fn).items() if is_required}
     skips = nonfinite == "skip" or loss_scale is not None
     step = Step(optim, gradient, accumulate, microbatches, skips, after, loss_scale)

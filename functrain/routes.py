@@ -1,0 +1,88 @@
+"""Which losses each part learns from, and with which weights."""
+
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from functrain.paths import listed
+
+Weight = float | Callable[[Any], Any]
+Route = Mapping[str, str | Sequence[str] | Mapping[str, Weight]]
+
+
+class LossError(ValueError):
+    """A loss function, what it returned, or a route of its losses, that no gradient can be taken of."""
+
+
+class Weighting(NamedTuple):
+    """A weighted sum of losses, and the parts whose gradient is of it."""
+
+    parts: tuple[str, ...]
+    weights: dict[str, Weight]
+
+
+def normalised(route: Route, parts: Sequence[str]) -> dict[str, dict[str, Weight]]:
+    """A route as `{part: {loss: weight}}`.
+
+    >>> normalised({"encoder": {"main": 1.0, "aux": 0.3}, "head": "main"}, ["encoder", "head"])
+    {'encoder': {'main': 1.0, 'aux': 0.3}, 'head': {'main': 1.0}}
+
+    Raises:
+      LossError: an unknown part, or a differentiated part that has no loss.
+    """
+    if unknown := [part for part in route if part not in parts]:
+        raise LossError(f"route: {listed(unknown)} is no part that is differentiated: these are {listed(parts, 30)}")
+    if absent := [part for part in parts if not route.get(part)]:
+        raise LossError(f'route gives no loss to {listed(absent)}: add e.g. {{{absent[0]!r}: "main"}}, or freeze it')
+    full: dict[str, dict[str, Weight]] = {}
+    for part, losses in route.items():
+        names = [losses] if isinstance(losses, str) else losses
+        full[part] = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    return full
+
+
+def weightings(
+    losses: Sequence[str],
+    parts: Sequence[str],
+    route: Mapping[str, Mapping[str, Weight]] | None,
+    loss_weights: Mapping[str, Weight],
+) -> list[Weighting]:
+    """The distinct weighted sums of the losses that were returned; each is differentiated once.
+
+    Raises:
+      LossError: a loss is named that was not returned, or one was returned that no part takes.
+    """
+    if route is None:
+        _check_returned(loss_weights, losses, "loss_weights")
+        return [Weighting(tuple(parts), {name: loss_weights.get(name, 1.0) for name in losses})]
+    for part, weights in route.items():
+        _check_returned(weights, losses, f"route of part {part!r}")
+    taken = {name for weights in route.values() for name in weights}
+    if idle := [name for name in losses if name not in taken]:
+        raise LossError(f"no part takes the loss {listed(idle)}: add it to the route, or report it under metrics")
+    found: list[Weighting] = []
+    for part, weights in route.items():
+        same = next((i for i, other in enumerate(found) if other.weights == weights), None)
+        if same is None:
+            found.append(Weighting((part,), dict(weights)))
+        else:
+            found[same] = found[same]._replace(parts=(*found[same].parts, part))
+    return found
+
+
+def weighted_sum(values: Mapping[str, Any], weights: Mapping[str, Weight], step: Any) -> Any:
+    """The sum of some values with constant weights, or with schedules of the step."""
+    terms = []
+    for name, weight in weights.items():
+        if callable(weight) and step is None:
+            raise LossError(f"the weight of the loss {name!r} is a schedule: call train_step(..., step=...)")
+        factor = weight(step) if callable(weight) else weight
+        is_one = isinstance(factor, int | float) and factor == 1
+        terms.append(values[name] if is_one else factor * values[name])
+    return functools.reduce(operator.add, terms)
+
+
+def _check_returned(named: Mapping[str, Any], losses: Sequence[str], what: str) -> None:
+    if unknown := [name for name in named if name not in losses]:
+        raise LossError(f"{what} names {listed(unknown)}, but the loss function returned {listed(losses)}")
