@@ -54,14 +54,17 @@ def hand_written(model: Model, frozen: Sequence[str] = ()) -> tuple[Any, Any]:
     group, txs = grouped_by_hand(model), transforms(model)
     txs = {part: tx for part, tx in txs.items() if part not in frozen}
 
-    def step(params: Any, opt_state: Any, batch: Any) -> Any:
+    def step(params: Any, opt_state: Any, batch: Any, grads: Any = None) -> Any:
         params = group(params)
         constant = [params[part] for part in frozen]
 
         def loss(trained: Any) -> jax.Array:
             return model.loss(merged_by_hand([*trained.values(), *constant]), batch)
 
-        value, grads = jax.value_and_grad(loss)({part: params[part] for part in txs})
+        if grads is None:
+            value, grads = jax.value_and_grad(loss)({part: params[part] for part in txs})
+        else:
+            value, grads = grads[0], group(grads[1])
         new, states = [], {}
         for part, tx in txs.items():
             updates, states[part] = tx.update(grads[part], opt_state[part], params[part])
