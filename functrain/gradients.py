@@ -128,6 +128,8 @@ def make_gradient(
       sum, or with a route the plain one. `given` has a value or None for each of `CONTEXT`.
       The loss is multiplied by `scale` before it is differentiated, and the gradients, in float32, divided by it.
     """
+    if parts is not None and not isinstance(parts, Partition):
+        raise LossError(f"make_train_step(loss_fn, parts) takes an ft.partition(...), not {type(parts).__name__}")
     accepted = accepted_context(loss_fn)
     if parts is None and wrt is not None:
         raise LossError(f"wrt={wrt!r} needs a partition: make_train_step(loss_fn, parts, wrt=...)")
@@ -176,9 +178,7 @@ def make_gradient(
             total = loss.total
 
             def pulled_back(weights: Mapping[str, Weight]) -> Any:
-                """One backward pass, of one weighted sum: no other loss is in it, not even multiplied by zero."""
-                transposed = jax.linear_transpose(lambda tangent: scaled(tangents(tangent), weights), differentiated)
-                return transposed(jnp.ones((), jax.eval_shape(lambda: scaled(values, weights)).dtype))[0]
+                return _pulled_back(lambda named: scaled(named, weights), tangents, values, differentiated)
 
             if per_loss:
                 grads = {name: pulled_back({name: 1.0}) for name in values}
@@ -192,6 +192,14 @@ def make_gradient(
         return grads, loss, total
 
     return gradient
+
+
+def _pulled_back(
+    objective: Callable[[Any], Any], tangents: Callable[[Any], Any], values: Any, differentiated: Any
+) -> Any:
+    """One backward pass, of one weighted sum: no other loss is in it, not even multiplied by zero."""
+    transposed = jax.linear_transpose(lambda tangent: objective(tangents(tangent)), differentiated)
+    return transposed(jnp.ones((), jax.eval_shape(objective, values).dtype))[0]
 
 
 def _check_names_stay(loss: Loss, before: list[tuple[str, ...]], loss_fn: Callable[..., Any]) -> None:

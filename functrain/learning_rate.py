@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from functrain.optimizer_state import OptimizerError
+
 
 class WithLrState(NamedTuple):
     """The state of `with_lr`: everything but `inner` is a scalar.
@@ -44,9 +46,17 @@ def with_lr(
       lr: the rate, or a schedule of the part's own step count. Held as float32.
       **rest: the factory's other arguments.
 
+    Raises:
+      OptimizerError: `factory` is a transform, or the rate a string.
+
     Returns:
       A transform that takes optax's extra argument `learning_rate`: the rate of that step alone, before any schedule.
     """
+    if not callable(factory) or isinstance(lr, str):
+        raise OptimizerError(
+            f"with_lr({factory!r}, {lr!r}): give the function that makes the transform and a rate, optax.adam and 1e-3,"
+            " not optax.adam(1e-3)"
+        )
     parameters = inspect.signature(factory).parameters
     by_name = "learning_rate" in parameters
 

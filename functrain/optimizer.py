@@ -58,6 +58,11 @@ class Optimizer:
     _structures: dict[str, Any] = dataclasses.field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parts, Partition) or not isinstance(self.transforms, Mapping):
+            raise OptimizerError(
+                "Optimizer(parts, transforms) takes an ft.partition(...) and a dict of a transform for each part, not"
+                f" {type(self.parts).__name__} and {type(self.transforms).__name__}"
+            )
         object.__setattr__(self, "transforms", dict(self.transforms))
         names = self.parts.names
         if missing := [part for part in names if part not in self.transforms]:
@@ -124,6 +129,8 @@ class Optimizer:
             `with_lr`; a state that is not of this optimizer, or that a transform returns in another structure.
           PartitionError: a part's gradients have not its paths, or params not the partition's structure.
         """
+        if "learning_rate" in extra:
+            raise OptimizerError("learning_rate= would set the rate of every part: write lr={part: rate}")
         split = self.parts.split(params)
         self._check_grads(grads, split)
         self._check_state(opt_state)
@@ -266,6 +273,11 @@ class Optimizer:
             _check_shapes(flat, split[part], f"the gradients of part {part!r}", per_example=True)
 
     def _check_state(self, opt_state: Mapping[str, Any]) -> None:
+        if not isinstance(opt_state, Mapping):
+            raise OptimizerError(
+                f"an optimizer state is {{part: state}}, not {type(opt_state).__name__}: give what optim.init(params)"
+                " returned, or the opt_state of a TrainState"
+            )
         if set(opt_state) != set(self.trained):
             raise OptimizerError(
                 f"the optimizer state is of the parts {listed(opt_state)}, the optimizer trains {listed(self.trained)}:"
@@ -282,6 +294,8 @@ class Optimizer:
                 )
 
     def _checked_rates(self, lr: Mapping[str, Any] | None, opt_state: Mapping[str, Any]) -> dict[str, jax.Array]:
+        if lr is not None and not isinstance(lr, Mapping):
+            raise OptimizerError(f"lr={lr!r}: give a rate by part, e.g. lr={{{self.trained[0]!r}: 1e-4}}")
         rates = {}
         for part, rate in (lr or {}).items():
             if part not in self.parts.names:
@@ -295,8 +309,9 @@ class Optimizer:
                     f"lr for part {part!r}, whose transform has no rate to set: make it with"
                     " ft.with_lr(optax.adam, 1e-3) in the place of optax.adam(1e-3)"
                 )
-            if callable(rate) or jnp.shape(rate) != ():
-                what = "a function" if callable(rate) else f"an array of shape {jnp.shape(rate)}"
+            if callable(rate) or rate is None or isinstance(rate, str) or jnp.shape(rate) != ():
+                is_array = hasattr(rate, "shape")
+                what = f"an array of shape {jnp.shape(rate)}" if is_array else f"of type {type(rate).__name__}"
                 raise OptimizerError(
                     f"lr for part {part!r} is {what}: give a scalar; a schedule goes into the transform,"
                     " ft.with_lr(optax.adam, schedule)"

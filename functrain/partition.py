@@ -208,6 +208,8 @@ def partition(
     """
     if overlap not in ("first", "error"):
         raise PartitionError(f"overlap={overlap!r}: write 'first' or 'error'")
+    if not isinstance(rules, Mapping):
+        raise PartitionError(f'rules are a dict of selectors by part, {{"head": "head", "rest": ...}}, not {rules!r}')
     flat = flatten(params)
     if not flat:
         raise PartitionError("the tree has no leaves: give partition() the parameters")

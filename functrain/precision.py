@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from functrain.partition import Partition
-from functrain.paths import PyTree, non_float
+from functrain.paths import PartitionError, PyTree, non_float
 
 
 class LossScaleState(NamedTuple):
@@ -68,13 +68,18 @@ def caster(parts: Partition, compute_dtype: Any) -> Callable[[PyTree], PyTree]:
       compute_dtype: a dtype, `{part: dtype}`, or None.
 
     Raises:
-      PartitionError: an unknown part.
+      PartitionError: an unknown part, or a dtype that is not floating point.
     """
     if compute_dtype is None:
         return lambda params: params
     if not isinstance(compute_dtype, Mapping):
         compute_dtype = dict.fromkeys(parts.names, compute_dtype)
     parts.check_names(compute_dtype, "compute_dtype")
+    for part, dtype in compute_dtype.items():
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            raise PartitionError(
+                f"compute_dtype of part {part!r} is {dtype}: give a floating-point dtype, jnp.bfloat16"
+            )
     dtypes = [compute_dtype.get(leaf.part) for leaf in parts.leaves]
 
     def cast(params: PyTree) -> PyTree:

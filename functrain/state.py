@@ -18,7 +18,7 @@ class UpdateError(ValueError):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrainState:
     """All that a resumed run needs; made by `update.init`, a pytree.
 

@@ -120,7 +120,10 @@ class Step:
             updates, opt_state = self.optim.update(grads, state.opt_state, state.params, lr=lr, value=metrics["loss"])
             params, new_model_state = self.optim.apply_updates(state.params, updates), model_state
             if self.after is not None:
-                params, new_model_state = self.after(params, new_model_state, step)
+                returned = self.after(params, new_model_state, step)
+                if not isinstance(returned, tuple) or len(returned) != 2:
+                    raise LossError(f"after= must return (params, model_state), not {type(returned).__name__}")
+                params, new_model_state = returned
                 params = _like(params, state.params, "the params that after= returned")
                 new_model_state = _like(new_model_state, model_state, "the model_state that after= returned")
             parts = {}
@@ -171,6 +174,12 @@ def _as_sums(metrics: Metrics) -> Any:
 
 def _sliced(batch: Any, count: int) -> Any:
     """A batch as slices on a new leading axis; each takes every count-th example, so that none leaves its device."""
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+    if len(lengths) > 1:
+        shapes = {path: jnp.shape(leaf) for path, leaf in flatten(batch).items()}
+        raise UpdateError(
+            f"microbatches={count}: the leaves of a batch must have one leading axis, of examples: {shapes}"
+        )
     for path, leaf in flatten(batch).items():
         if not jnp.shape(leaf) or jnp.shape(leaf)[0] % count:
             raise UpdateError(

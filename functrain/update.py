@@ -81,6 +81,12 @@ def make_update(
       LossError: `loss_fn` requires an argument that functrain does not know.
       PartitionError: `compute_dtype` names an unknown part.
     """
+    if not isinstance(optim, Optimizer):
+        raise UpdateError(f"make_update(loss_fn, optim) takes an ft.Optimizer, not {type(optim).__name__}")
+    if after is not None and not callable(after):
+        raise UpdateError(f"after={after!r}: give a function (params, model_state, step) -> (params, model_state)")
+    if loss_scale is not None and not isinstance(loss_scale, DynamicScale):
+        raise UpdateError(f"loss_scale={loss_scale!r}: write ft.DynamicScale(initial=2.0**15)")
     for name, count in (("accumulate", accumulate), ("microbatches", microbatches)):
         if not isinstance(count, int) or count < 1:
             raise UpdateError(f"{name}={count!r}: give a whole number of at least 1")
@@ -151,7 +157,8 @@ class Update:
         Args:
           state: consumed: its arrays that change are deleted, and the returned state has them.
           batch: what the loss function takes.
-          lr: learning rates of this step alone, by part; see `Optimizer.step`. Other values never recompile.
+          lr: learning rates of this step alone, by part; see `Optimizer.step`. They count at the call that ends a
+            window. Other values never recompile.
 
         Returns:
           The new state, and metrics: "loss", the named losses, the loss function's metrics. They are the batch's; the
@@ -195,6 +202,7 @@ class Update:
                 "scan needs batches stacked on a leading axis, a multiple of"
                 f" accumulate={self.step.accumulate} of them, not {lengths}"
             )
+        self._check_state(state)
         self._check_whole(state, "scan")
         return self._run("scan", state, batches, lr, batches=count[0])
 
@@ -207,6 +215,12 @@ class Update:
         self._check_whole(state, "pure")
         if self.step.accumulate == 1:
             return self.step.whole(state, batch, lr, measured=False)
+        lengths = {path: jnp.shape(leaf)[:1] for path, leaf in flatten(batch).items()}
+        if wrong := {path: length for path, length in lengths.items() if length != (self.step.accumulate,)}:
+            raise UpdateError(
+                f"pure takes in one window, accumulate={self.step.accumulate} batches stacked on a leading axis, not"
+                f" {wrong}; for several windows use update.scan, or a scan of your own over windows"
+            )
         return self.step.window(state, batch, lr, measured=False)
 
     def lower(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> Any:
@@ -220,6 +234,7 @@ class Update:
         Returns:
           The new state, and the means over the window if it made a step, else no metrics.
         """
+        self._check_state(state)
         if int(state.pending) == 0 or self.remainder == "carry":
             return state, {}
         if self.remainder == "drop":
@@ -229,12 +244,31 @@ class Update:
     # How it is compiled and called.
 
     def _kind_of(self, state: TrainState) -> str:
+        self._check_state(state)
+        position, length = int(state.pending), self.step.accumulate
+        if position >= length:
+            raise UpdateError(
+                f"{position} batches are pending in the state, of a longer window than accumulate={length}: end it"
+                " first with update.flush(state), or keep to the accumulate= that it was begun with"
+            )
+        if length == 1:
+            return "whole"
+        return "last" if position + 1 == self.step.accumulate else "middle" if position else "first"
+
+    def _check_state(self, state: TrainState) -> None:
+        if not isinstance(state, TrainState):
+            raise UpdateError(
+                f"an update takes a TrainState, not {type(state).__name__}: state = update.init(params), then"
+                " state, metrics = update(state, batch)"
+            )
         if isinstance(state.step, jax.core.Tracer):
             raise UpdateError("update() was called under a trace: use update.pure in a jit, scan or vmap of your own")
-        if self.step.accumulate == 1:
-            return "whole"
-        position = int(state.pending)
-        return "last" if position + 1 == self.step.accumulate else "middle" if position else "first"
+
+    def _check_rates(self, lr: Mapping[str, Any] | None) -> None:
+        if lr is None:
+            return
+        if not isinstance(lr, Mapping) or any(part not in self.step.optim.trained for part in lr):
+            raise UpdateError(f"lr={lr!r}: give a rate by part, of the parts {listed(self.step.optim.trained)}")
 
     def _check_whole(self, state: TrainState, where: str) -> None:
         if state.window is not None:
@@ -261,18 +295,26 @@ class Update:
         self, kind: str, state: TrainState, batch: Any, lr: Any, *, batches: int = 1, measured: bool = False
     ) -> tuple[TrainState, Metrics]:
         sums = kind in ("first", "middle")
+        self._check_rates(lr)
         if sums:
             lr, measured = None, False
-        returned, metrics = self._program(kind, state, measured)(*self._arguments(kind, state), batch, lr)
+        consumed, read = self._arguments(kind, state)
+        # One leaf tells: all that a call consumes is deleted together.
+        if any(leaves and leaves[0].is_deleted() for leaves in consumed.values() if isinstance(leaves, list)):
+            raise UpdateError(
+                "this state was consumed by an earlier call, and with it every shallow copy: go on from the state that"
+                " the call returned, state, metrics = update(state, batch), or copy.deepcopy(state) before it"
+            )
+        returned, metrics = self._program(kind, state, measured)(consumed, read, batch, lr)
         form, leaves = taken_apart(state)
         windows = batches // self.step.accumulate if kind == "scan" else 1 - sums
         new = put_together(
             form,
             {name: returned.get(name, leaves[name]) for name in LASTING},
             key=state.key,
-            step=np.int32(state.step + windows),
-            batches=np.int32(state.batches + batches),
-            pending=np.int32(state.pending + 1 if sums else 0),
+            step=np.array(state.step + windows, np.int32),
+            batches=np.array(state.batches + batches, np.int32),
+            pending=np.array(state.pending + 1 if sums else 0, np.int32),
             window=returned.get("window"),
         )
         return new, metrics

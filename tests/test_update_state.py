@@ -1,5 +1,7 @@
 """What an update does with its state: donation, layout, compilation, skipped updates, precision, errors."""
 
+import copy
+import dataclasses
 import pickle
 import re
 import warnings
@@ -470,4 +472,94 @@ def test_two_metrics_of_one_name_are_an_error(name):
 
     update = ft.make_update(loss, optimizer_of(linear_params()))
     with pytest.raises(ft.LossError, match=f"'{name}' names a loss or a metric, and something else"):
+        update(update.init(linear_params()), batches_of(1)[0])
+
+
+def test_a_state_that_was_consumed_is_an_error_that_says_what_to_go_on_from():
+    update = ft.make_update(loss_fn, optimizer_of(linear_params()))
+    state = update.init(linear_params())
+    shallow, deep = dataclasses.replace(state), copy.deepcopy(state)
+    update(state, batches_of(1)[0])
+    for used in (state, shallow):
+        for call in (update, update.measured, lambda s, b: update.scan(s, b[None])):
+            with pytest.raises(ft.UpdateError, match=r"consumed by an earlier call.* state, metrics = up"):
+                call(used, batches_of(1)[0])
+    update(deep, batches_of(1)[0])
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_pending_window_that_is_longer_than_the_updates_is_never_lost_in_silence(length):
+    params = linear_params()
+    long, short = (ft.make_update(loss_fn, optimizer_of(params), accumulate=k) for k in (4, length))
+    state, _ = run(long, long.init(params), batches_of(2))
+    with pytest.raises(ft.UpdateError, match=f"2 batches are pending .* than accumulate={length}: end it"):
+        short(state, batches_of(1)[0])
+    state, _ = short.flush(state)
+    assert int(state.step) == 1
+    short(state, batches_of(1)[0])
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_pure_takes_exactly_one_window(count):
+    update = ft.make_update(loss_fn, optimizer_of(linear_params()), accumulate=2)
+    with pytest.raises(ft.UpdateError, match=r"pure takes in one window, accumulate=2 batches .* not \{'': \(\d,\)\}"):
+        update.pure(update.init(linear_params()), batches_of(count))
+
+
+def test_microbatches_of_leaves_of_several_lengths_are_an_error():
+    update = ft.make_update(lambda p, b: loss_fn(p, b["x"] * b["y"]), optimizer_of(linear_params()), microbatches=2)
+    with pytest.raises(ft.UpdateError, match=r"must have one leading axis, of examples: .*'x'.*'y'"):
+        update(update.init(linear_params()), {"x": jnp.ones((4, 4)), "y": jnp.ones((2, 1))})
+
+
+@pytest.mark.parametrize("lr", [0.1, {"haed": 0.1}])
+def test_rates_are_checked_at_every_call_of_a_window(lr):
+    update = ft.make_update(loss_fn, optimizer_of(linear_params()), accumulate=2)
+    with pytest.raises(ft.UpdateError, match="give a rate by part, of the parts 'body', 'head'"):
+        update(update.init(linear_params()), batches_of(1)[0], lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"after": 3}, ft.UpdateError, "after=3: give a function"),
+        ({"loss_scale": 1024.0}, ft.UpdateError, "loss_scale=1024.0: write ft.DynamicScale"),
+        ({"compute_dtype": jnp.int32}, ft.PartitionError, "compute_dtype of part 'body' is .*int32.*: give a floating"),
+    ],
+)
+def test_an_option_of_another_type_is_an_error_when_the_update_is_made(options, error, message):
+    with pytest.raises(error, match=message):
+        ft.make_update(loss_fn, optimizer_of(linear_params()), **options)
+
+
+def test_objects_in_each_others_place_are_named():
+    params = linear_params()
+    optim = optimizer_of(params)
+    update = ft.make_update(loss_fn, optim)
+    with pytest.raises(ft.UpdateError, match=r"takes a TrainState, not dict: state = update.init"):
+        update(params, batches_of(1)[0])
+    with pytest.raises(ft.UpdateError, match=r"takes a TrainState, not tuple"):
+        update(update(update.init(params), batches_of(1)[0]), batches_of(1)[0])
+    with pytest.raises(ft.UpdateError, match=r"takes an ft.Optimizer, not Partition"):
+        ft.make_update(loss_fn, optim.parts)
+    with pytest.raises(ft.LossError, match=r"takes an ft.partition\(...\), not Optimizer"):
+        ft.make_train_step(loss_fn, optim)
+    with pytest.raises(ft.OptimizerError, match=r"takes an ft.partition\(...\) and a dict .* not dict and dict"):
+        ft.Optimizer(params, {})
+    with pytest.raises(ft.OptimizerError, match=r"not TrainState: give what optim.init.* or the opt_state of"):
+        optim.learning_rates(update.init(params))
+    with pytest.raises(ft.OptimizerError, match=r"optax.adam and 1e-3, not optax.adam\(1e-3\)"):
+        ft.with_lr(optax.adam(1e-3), 1e-3)
+    with pytest.raises(ft.PartitionError, match="rules are a dict of selectors by part"):
+        ft.partition(params, ["body", "head"])
+    grads = optim.parts.split(params)
+    with pytest.raises(ft.OptimizerError, match=r"learning_rate= would set the rate of every part: write lr="):
+        optim.step(params, grads, optim.init(params), learning_rate=0.5)
+    with pytest.raises(ft.OptimizerError, match=r"lr=0.1: give a rate by part, e.g. lr=\{'body': 1e-4\}"):
+        optim.step(params, grads, optim.init(params), lr=0.1)
+
+
+def test_after_must_return_both():
+    update = ft.make_update(loss_fn, optimizer_of(linear_params()), after=lambda params, state, step: params)
+    with pytest.raises(ft.LossError, match=r"after= must return \(params, model_state\), not dict"):
         update(update.init(linear_params()), batches_of(1)[0])
