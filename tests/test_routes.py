@@ -81,7 +81,7 @@ def random_linear(seed, parts, losses):
 @settings(deadline=None, max_examples=25)
 @given(st.data(), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**16))
 def test_no_loss_leaks_into_a_part_that_is_not_given_it(data, n_parts, n_losses, seed):
-    """Each part's gradient is, to the bit, that of exactly its weighted losses alone, even where another is NaN."""
+    """Each part's gradient is that of exactly its weighted losses alone, even where another loss is NaN."""
     with jax.enable_x64():
         matrices = random_linear(seed, n_parts, n_losses)
         params = {f"part{i}": jnp.arange(1.0, 4.0, dtype=jnp.float64) for i in range(n_parts)}
@@ -103,7 +103,10 @@ def test_no_loss_leaks_into_a_part_that_is_not_given_it(data, n_parts, n_losses,
         grads, _ = ft.make_train_step(loss_fn, parts, route=route)(params, batch)
         for part, of_part in route.items():
             alone = jax.grad(lambda p, w=of_part: sum(w[n] * value(p, n) * batch[n] for n in w))(params)[part]
-            np.testing.assert_array_equal(grads[part][part], alone)
+            # The weights are powers of two, so that only the order differs in which at most four terms are added.
+            terms = [w * jax.grad(value)(params, name)[part] for name, w in of_part.items()]
+            rounding = 3 * 2.0**-52 * float(sum(jnp.abs(term).max() for term in terms))
+            np.testing.assert_allclose(grads[part][part], alone, rtol=0, atol=rounding)
             assert bool(jnp.isnan(grads[part][part]).any()) == (poisoned in of_part)
 
 
