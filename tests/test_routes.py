@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 
 import functrain as ft
 
-NAMES = ("first", "second", "third")
-
 
 def two_losses(params, batch):
     """AIToolbox: L0 = 3a + 5b, L1 = 7a + 11b."""
