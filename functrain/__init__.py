@@ -10,6 +10,7 @@ from functrain.optimizer import FROZEN, Optimizer
 from functrain.optimizer_state import OptimizerError
 from functrain.partition import Partition, partition, take
 from functrain.paths import PartitionError, flatten, non_float, unflatten
+from functrain.phases import Phase, PhaseError, alternate
 from functrain.precision import DynamicScale
 from functrain.routes import LossError
 from functrain.state import TrainState, UpdateError
@@ -26,10 +27,13 @@ __all__ = [
     "OptimizerError",
     "Partition",
     "PartitionError",
+    "Phase",
+    "PhaseError",
     "TrainState",
     "Update",
     "UpdateError",
     "accumulate",
+    "alternate",
     "flatten",
     "make_train_step",
     "make_update",

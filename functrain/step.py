@@ -23,36 +23,41 @@ RESERVED = {"loss_scale", "nonfinite", "parts", "skipped"}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """The parts of an update as functions; the options are those of `make_update`.
+    """The parts of an update in one phase as functions; the options are those of `make_update` and `Phase`.
 
     Every one takes `(state, batch, lr, measured)` and returns `(state, metrics)`.
     """
 
+    name: str
+    index: int
+    parts: tuple[str, ...]
     optim: Optimizer
     gradient: Callable[..., tuple[Any, Loss, Any]]
     accumulate: int
     microbatches: int
     skips: bool
-    after: After | None
+    after: tuple[After, ...]
     loss_scale: DynamicScale | None
 
-    def whole(self, state: TrainState, batch: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
-        """A batch that is a window of its own."""
-        grads, metrics, _, model_state = self._gradients(state, batch)
-        return self._stepped(_counted(state, 1), grads, metrics, model_state, lr, measured)
+    def whole(
+        self, state: TrainState, batch: Any, lr: Any, measured: bool, repeat: int = 0
+    ) -> tuple[TrainState, Metrics]:
+        """A batch that is a window of its own; the turn that it belongs to counts it. `repeat`: steps on it before."""
+        grads, metrics, _, model_state = self._gradients(state, batch, repeat)
+        return self._stepped(state, grads, metrics, model_state, lr, measured)
 
     def summed(self, state: TrainState, batch: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
         """A batch that does not end its window: its gradients are added to what is pending."""
         del lr, measured
         grads, metrics, weight, model_state = self._gradients(state, batch)
         window = accumulate(state.window, (grads, _as_sums(metrics)), weight=weight)
-        return dataclasses.replace(_counted(state, 1), window=window, model_state=model_state), metrics
+        return dataclasses.replace(counted(state), window=window, model_state=model_state), metrics
 
     def last(self, state: TrainState, batch: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
         """A batch that ends its window."""
         grads, metrics, weight, model_state = self._gradients(state, batch)
         grads, metrics = accumulate(state.window, (grads, _as_sums(metrics)), weight=weight).mean()
-        return self._stepped(_counted(state, 1), grads, metrics, model_state, lr, measured)
+        return self._stepped(counted(state), grads, metrics, model_state, lr, measured)
 
     def flush(self, state: TrainState, batch: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
         """No batch: what is pending ends its window."""
@@ -73,16 +78,16 @@ class Step:
         state, _ = jax.lax.scan(summed, dataclasses.replace(state, window=empty), batches)
         return self.flush(state, None, lr, measured)
 
-    def scan(self, state: TrainState, batches: Any, lr: Any, measured: bool) -> tuple[TrainState, Metrics]:
-        """Many windows at once, their batches on one leading axis; metrics are stacked."""
-        body = self.whole if self.accumulate == 1 else self.window
-        if self.accumulate > 1:
-            batches = jax.tree.map(lambda leaf: leaf.reshape(-1, self.accumulate, *leaf.shape[1:]), batches)
-        return jax.lax.scan(lambda state, batch: body(state, batch, lr, measured), state, batches)
+    def _key(self, state: TrainState, repeat: int) -> Any:
+        """The key of a batch: it follows from its number and the phase alone."""
+        if state.key is None:
+            return None
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.batches), self.index)
+        return jax.random.fold_in(key, repeat) if repeat else key
 
-    def _gradients(self, state: TrainState, batch: Any) -> tuple[Any, Metrics, Any, Any]:
+    def _gradients(self, state: TrainState, batch: Any, repeat: int = 0) -> tuple[Any, Metrics, Any, Any]:
         """The gradients, metrics, weight and new model state of one batch."""
-        key = None if state.key is None else jax.random.fold_in(jax.random.fold_in(state.key, state.batches), 0)
+        key = self._key(state, repeat)
         scale = None if state.loss_scale is None else state.loss_scale.scale
 
         def gradients(batch: Any, key: Any, model_state: Any) -> tuple[Any, Metrics, Any, Any]:
@@ -119,13 +124,12 @@ class Step:
         def applied() -> tuple[Any, Any, Any, Any]:
             updates, opt_state = self.optim.update(grads, state.opt_state, state.params, lr=lr, value=metrics["loss"])
             params, new_model_state = self.optim.apply_updates(state.params, updates), model_state
-            if self.after is not None:
-                returned = self.after(params, new_model_state, step)
+            for after in self.after:
+                returned = after(params, new_model_state, step)
                 if not isinstance(returned, tuple) or len(returned) != 2:
                     raise LossError(f"after= must return (params, model_state), not {type(returned).__name__}")
-                params, new_model_state = returned
-                params = _like(params, state.params, "the params that after= returned")
-                new_model_state = _like(new_model_state, model_state, "the model_state that after= returned")
+                params = _like(returned[0], state.params, "the params that after= returned")
+                new_model_state = _like(returned[1], model_state, "the model_state that after= returned")
             parts = {}
             if measured:
                 rates = self.optim.learning_rates(opt_state)
@@ -155,8 +159,9 @@ class Step:
         return new, metrics
 
 
-def _counted(state: TrainState, batches: int) -> TrainState:
-    return dataclasses.replace(state, batches=state.batches + batches, pending=state.pending + batches)
+def counted(state: TrainState) -> TrainState:
+    """The state with one batch more."""
+    return dataclasses.replace(state, batches=state.batches + 1, pending=state.pending + 1)
 
 
 def _metrics(loss: Loss, total: Any) -> Metrics:

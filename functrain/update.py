@@ -1,23 +1,22 @@
 """The compiled update: train step, partition, optimizer and accumulation as one state and one call."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functrain.accumulate import Accumulated
 from functrain.gradients import accepted_context, make_gradient
 from functrain.optimizer import Optimizer
 from functrain.paths import PyTree, flatten, listed
+from functrain.phases import Alternation, Phase, PhaseError, period
 from functrain.precision import DynamicScale, caster
+from functrain.programs import FIELDS, Call, compiled
 from functrain.routes import Route, Weight
 from functrain.state import (
     LASTING,
-    Form,
     TrainState,
     UpdateError,
     abstract_state,
@@ -26,10 +25,11 @@ from functrain.state import (
     taken_apart,
 )
 from functrain.step import After, Metrics, Step
+from functrain.turns import many_turns, one_turn
 
 
 def make_update(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., Any] | Alternation,
     optim: Optimizer,
     *,
     accumulate: int = 1,
@@ -56,8 +56,9 @@ def make_update(
     ([0.0, 0.0], 4.0, 1)
 
     Args:
-      loss_fn: as for `make_train_step`. Its key is `fold_in(fold_in(key, batches), 0)`, with the microbatch's index
-        folded in where there are several; its `step` is the number of finished windows.
+      loss_fn: as for `make_train_step`, or phases with a loss function each: `alternate(...)`. Its key is
+        `fold_in(fold_in(key, batches), index of the phase)`, with the microbatch's index folded in where there are
+        several; its `step` is the number of finished windows.
       optim: the optimizer. The gradients of `optim.trained` are computed and no others; its transforms are given
         optax's extra argument `value`, the loss.
       accumulate: batches in a window, which makes one optimizer step from their gradients, weighted by `Loss.weight`.
@@ -80,6 +81,8 @@ def make_update(
       UpdateError: an option that is none of these.
       LossError: `loss_fn` requires an argument that functrain does not know.
       PartitionError: `compute_dtype` names an unknown part.
+      PhaseError: a phase with unknown or frozen parts, a trained part without a phase, or with `accumulate` a phase
+        that takes the batch of another.
     """
     if not isinstance(optim, Optimizer):
         raise UpdateError(f"make_update(loss_fn, optim) takes an ft.Optimizer, not {type(optim).__name__}")
@@ -95,20 +98,38 @@ def make_update(
     if nonfinite not in ("raise", "skip"):
         raise UpdateError(f"nonfinite={nonfinite!r}: write 'raise' or 'skip'")
     cast = caster(optim.parts, compute_dtype)
-    gradient = make_gradient(loss_fn, optim.parts, optim.trained, cast, route=route, loss_weights=loss_weights)
-    required = {name for name, is_required in accepted_context(loss_fn).items() if is_required}
+    schedule = _scheduled(loss_fn, optim, accumulate, route, loss_weights)
     skips = nonfinite == "skip" or loss_scale is not None
-    step = Step(optim, gradient, accumulate, microbatches, skips, after, loss_scale)
-    return Update(step, required, remainder)
+    required: set[str] = set()
+    steps = []
+    for index, phase in enumerate(schedule.phases):
+        gradient = make_gradient(
+            phase.loss_fn, optim.parts, phase.trained, cast, route=phase.route, loss_weights=phase.loss_weights
+        )
+        required |= {name for name, is_required in accepted_context(phase.loss_fn).items() if is_required}
+        afters = tuple(each for each in (phase.after, after) if each is not None)
+        steps.append(
+            Step(phase.name, index, phase.trained, optim, gradient, accumulate, microbatches, skips, afters, loss_scale)
+        )
+    return Update(schedule, tuple(steps), required, remainder)
 
 
-class _Program(NamedTuple):
-    """What a compiled program computes, and the fields of the state that it consumes, reads and returns."""
-
-    body: Callable[..., tuple[TrainState, Metrics]]
-    consumes: tuple[str, ...]
-    reads: tuple[str, ...]
-    returns: tuple[str, ...]
+def _scheduled(
+    loss_fn: Any, optim: Optimizer, accumulate: int, route: Route | None, loss_weights: Mapping[str, Weight] | None
+) -> Alternation:
+    """The phases of an update; a loss function alone is one phase without a name."""
+    if not isinstance(loss_fn, Alternation):
+        return Alternation((Phase("", loss_fn, optim.trained, route=route, loss_weights=loss_weights),))
+    if route is not None or loss_weights is not None:
+        raise UpdateError("with phases, route= and loss_weights= belong to one: ft.Phase(name, loss_fn, parts, route=)")
+    loss_fn.check(optim)
+    same = [phase.name for phase in loss_fn.phases if phase.same_batch]
+    if accumulate > 1 and same:
+        raise PhaseError(
+            f"accumulate={accumulate}: phase {listed(same)} takes the batch of the phase before it, which is one of"
+            f" a window: use microbatches={accumulate} and larger batches, or give it batches of its own"
+        )
+    return loss_fn
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -118,10 +139,26 @@ class Update:
     It holds options and compiled programs and nothing of a run: that is all in the `TrainState`.
     """
 
-    step: Step
+    schedule: Alternation
+    steps: tuple[Step, ...]
     required: set[str]
     remainder: str
-    _compiled: dict[Any, Callable[..., Any]] = dataclasses.field(default_factory=dict, init=False)
+    _programs: dict[Any, Callable[..., Any]] = dataclasses.field(default_factory=dict, init=False)
+
+    @property
+    def optim(self) -> Optimizer:
+        """The optimizer that it was made with."""
+        return self.steps[0].optim
+
+    @property
+    def accumulate(self) -> int:
+        """Batches in a window."""
+        return self.steps[0].accumulate
+
+    @property
+    def cycle(self) -> int:
+        """Batches in a whole cycle of phases; without phases, or where `phase=` says whose turn it is, in a window."""
+        return self.accumulate * (len(self.schedule.cycle) if self.schedule.alternates else 1)
 
     def init(self, params: PyTree, *, key: Any = None, model_state: Any = None, copy: bool = True) -> TrainState:
         """The state before the first batch.
@@ -138,16 +175,18 @@ class Update:
         given = {"key": key, "model_state": model_state}
         if absent := [name for name in given if name in self.required and given[name] is None]:
             raise UpdateError(f"the loss function declares {listed(absent)}: update.init(params, {absent[0]}=...)")
-        scale = self.step.loss_scale.init() if self.step.loss_scale else None
-        return initial_state(self.step.optim, params, model_state, key, scale, copy=copy)
+        loss_scale = self.steps[0].loss_scale
+        scale = None if loss_scale is None else loss_scale.init()
+        return initial_state(self.optim, params, model_state, key, scale, copy=copy)
 
     def abstract(self, params: PyTree, *, key: Any = None, model_state: Any = None) -> TrainState:
         """What `init` would return, as `jax.ShapeDtypeStruct`s with shardings: what to restore a checkpoint like.
 
         The arguments may be arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
         """
-        scale = self.step.loss_scale.init if self.step.loss_scale else lambda: None
-        return abstract_state(self.step.optim, params, model_state, key, scale)
+        loss_scale = self.steps[0].loss_scale
+        scale = (lambda: None) if loss_scale is None else loss_scale.init
+        return abstract_state(self.optim, params, model_state, key, scale)
 
     def __call__(
         self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None
@@ -168,7 +207,7 @@ class Update:
         Raises:
           UpdateError: called under a trace: use `update.pure` there.
         """
-        return self._run(self._kind_of(state), state, batch, lr)
+        return self._run(self._call_of(state), state, batch, lr)
 
     def measured(
         self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None
@@ -177,7 +216,7 @@ class Update:
 
         It is a program of its own, so that the steps that are not measured pay nothing. See `telemetry.by_part`.
         """
-        return self._run(self._kind_of(state), state, batch, lr, measured=True)
+        return self._run(self._call_of(state)._replace(measured=True), state, batch, lr)
 
     def scan(
         self, state: TrainState, batches: Any, *, lr: Mapping[str, Any] | None = None
@@ -186,47 +225,54 @@ class Update:
 
         Args:
           state: consumed; no window may be pending.
-          batches: batches stacked on a leading axis, whole windows of them.
+          batches: batches stacked on a leading axis: whole windows of them, and with phases whole cycles.
           lr: learning rates of all these steps, by part.
 
         Returns:
-          The new state, and the metrics of every window, stacked on a leading axis.
+          The new state, and the metrics of every window, stacked on a leading axis; with phases, of every window of a
+          phase under its name.
 
         Raises:
-          UpdateError: the leading axis is no multiple of `accumulate`, or a window is pending.
+          UpdateError: the leading axis is no multiple of `accumulate`, or of a cycle's batches, or a window is pending.
         """
         lengths = {path: jnp.shape(leaf)[:1] for path, leaf in flatten(batches).items()}
         count = next(iter(lengths.values()), (0,))
-        if len(set(lengths.values())) != 1 or not count or count[0] % self.step.accumulate or not count[0]:
+        if len(set(lengths.values())) != 1 or not count or count[0] % self.cycle or not count[0]:
             raise UpdateError(
                 "scan needs batches stacked on a leading axis, a multiple of"
-                f" accumulate={self.step.accumulate} of them, not {lengths}"
+                f" {self.cycle} of them ({self._cycle_in_words}), not {lengths}"
             )
         self._check_state(state)
         self._check_whole(state, "scan")
-        return self._run("scan", state, batches, lr, batches=count[0])
+        turns = self.schedule.turns(int(state.step), count[0] // self.accumulate)
+        steps = sum(map(len, turns))
+        return self._run(Call("scan", period(turns)), state, batches, lr, batches=count[0], steps=steps)
 
     def pure(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> tuple[TrainState, Metrics]:
         """The update as a pure function, for a `jit`, `scan` or `vmap` of one's own.
 
-        A position inside a window can't be traced, so with `accumulate=k` it takes in a whole window: `batch` has the k
-        batches on a leading axis.
+        A position inside of a window or a cycle can't be traced. So it takes in a whole window with `accumulate=k`, and
+        a whole cycle with phases: `batch` has the `update.cycle` batches on a leading axis where there are several.
+        With phases that take turns the metrics are stacked.
         """
         self._check_whole(state, "pure")
-        if self.step.accumulate == 1:
-            return self.step.whole(state, batch, lr, measured=False)
-        lengths = {path: jnp.shape(leaf)[:1] for path, leaf in flatten(batch).items()}
-        if wrong := {path: length for path, length in lengths.items() if length != (self.step.accumulate,)}:
-            raise UpdateError(
-                f"pure takes in one window, accumulate={self.step.accumulate} batches stacked on a leading axis, not"
-                f" {wrong}; for several windows use update.scan, or a scan of your own over windows"
-            )
-        return self.step.window(state, batch, lr, measured=False)
+        if self.schedule.phase is not None:
+            raise UpdateError("pure can't ask phase= for a step that is traced: use update(...) or update.scan(...)")
+        if self.cycle > 1:
+            lengths = {path: jnp.shape(leaf)[:1] for path, leaf in flatten(batch).items()}
+            if wrong := {path: length for path, length in lengths.items() if length != (self.cycle,)}:
+                raise UpdateError(
+                    f"pure takes in {self.cycle} batches stacked on a leading axis ({self._cycle_in_words}), not"
+                    f" {wrong}; for more of them use update.scan, or a scan of your own over pure"
+                )
+        if self.schedule.alternates:
+            return many_turns(self.steps, self.schedule.cycle)(state, batch, lr, False)
+        return one_turn(self.steps, self.schedule.cycle[0])(state, batch, lr, False)
 
     def lower(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> Any:
         """The program that a call with these arguments would run, as `jax.jit(...).lower` gives it; nothing is run."""
-        kind = self._kind_of(state)
-        return self._program(kind, state, measured=False).lower(*self._arguments(kind, state), batch, lr)
+        call = self._call_of(state)
+        return self._program(call, state).lower(*self._arguments(call, state), batch, lr)
 
     def flush(self, state: TrainState) -> tuple[TrainState, Metrics]:
         """Ends a window that was cut short, as at the end of an epoch, in the way that `remainder` says.
@@ -239,21 +285,26 @@ class Update:
             return state, {}
         if self.remainder == "drop":
             return dataclasses.replace(state, window=None, pending=np.zeros((), np.int32)), {}
-        return self._run("flush", state, None, None, batches=0)
+        call = Call("flush", (self.schedule.turn(int(state.step)),))
+        return self._run(call, state, None, None, batches=0)
 
     # How it is compiled and called.
 
-    def _kind_of(self, state: TrainState) -> str:
+    @property
+    def _cycle_in_words(self) -> str:
+        turns = len(self.schedule.cycle)
+        return f"accumulate={self.accumulate}" + (f", and {turns} turns in a cycle" if self.schedule.alternates else "")
+
+    def _call_of(self, state: TrainState) -> Call:
         self._check_state(state)
-        position, length = int(state.pending), self.step.accumulate
+        position, length = int(state.pending), self.accumulate
         if position >= length:
             raise UpdateError(
                 f"{position} batches are pending in the state, of a longer window than accumulate={length}: end it"
                 " first with update.flush(state), or keep to the accumulate= that it was begun with"
             )
-        if length == 1:
-            return "whole"
-        return "last" if position + 1 == self.step.accumulate else "middle" if position else "first"
+        kind = "last" if position + 1 == length else "middle" if position else "first"
+        return Call("whole" if length == 1 else kind, (self.schedule.turn(int(state.step)),))
 
     def _check_state(self, state: TrainState) -> None:
         if not isinstance(state, TrainState):
@@ -267,8 +318,8 @@ class Update:
     def _check_rates(self, lr: Mapping[str, Any] | None) -> None:
         if lr is None:
             return
-        if not isinstance(lr, Mapping) or any(part not in self.step.optim.trained for part in lr):
-            raise UpdateError(f"lr={lr!r}: give a rate by part, of the parts {listed(self.step.optim.trained)}")
+        if not isinstance(lr, Mapping) or any(part not in self.optim.trained for part in lr):
+            raise UpdateError(f"lr={lr!r}: give a rate by part, of the parts {listed(self.optim.trained)}")
 
     def _check_whole(self, state: TrainState, where: str) -> None:
         if state.window is not None:
@@ -276,78 +327,42 @@ class Update:
                 f"{where} takes in whole windows, but one is pending: end it first, with update.flush(state)"
             )
 
-    @functools.cached_property
-    def _programs(self) -> dict[str, _Program]:
-        stepped = ("params", "opt_state", "model_state", "loss_scale")
-        summed = ("model_state", "window")
-        counted = ("key", "step", "batches")
-        return {
-            "whole": _Program(self.step.whole, stepped, counted, stepped),
-            "first": _Program(self.step.summed, ("model_state",), ("params", "loss_scale", *counted), summed),
-            "middle": _Program(self.step.summed, summed, ("params", "loss_scale", *counted), summed),
-            # No output has the form of the window, so that it can't be donated.
-            "last": _Program(self.step.last, stepped, ("window", *counted), stepped),
-            "flush": _Program(self.step.flush, stepped, ("window", *counted), stepped),
-            "scan": _Program(self.step.scan, stepped, counted, stepped),
-        }
-
     def _run(
-        self, kind: str, state: TrainState, batch: Any, lr: Any, *, batches: int = 1, measured: bool = False
+        self, call: Call, state: TrainState, batch: Any, lr: Any, *, batches: int = 1, steps: int | None = None
     ) -> tuple[TrainState, Metrics]:
-        sums = kind in ("first", "middle")
+        sums = call.kind in ("first", "middle")
         self._check_rates(lr)
         if sums:
-            lr, measured = None, False
-        consumed, read = self._arguments(kind, state)
+            lr, call, steps = None, call._replace(measured=False), 0
+        if steps is None:
+            steps = len(call.turns[0])
+        consumed, read = self._arguments(call, state)
         # One leaf tells: all that a call consumes is deleted together.
         if any(leaves and leaves[0].is_deleted() for leaves in consumed.values() if isinstance(leaves, list)):
             raise UpdateError(
                 "this state was consumed by an earlier call, and with it every shallow copy: go on from the state that"
                 " the call returned, state, metrics = update(state, batch), or copy.deepcopy(state) before it"
             )
-        returned, metrics = self._program(kind, state, measured)(consumed, read, batch, lr)
+        returned, metrics = self._program(call, state)(consumed, read, batch, lr)
         form, leaves = taken_apart(state)
-        windows = batches // self.step.accumulate if kind == "scan" else 1 - sums
         new = put_together(
             form,
             {name: returned.get(name, leaves[name]) for name in LASTING},
             key=state.key,
-            step=np.array(state.step + windows, np.int32),
+            step=np.array(state.step + steps, np.int32),
             batches=np.array(state.batches + batches, np.int32),
             pending=np.array(state.pending + 1 if sums else 0, np.int32),
             window=returned.get("window"),
         )
         return new, metrics
 
-    def _arguments(self, kind: str, state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-        program, fields = self._programs[kind], {**state.__dict__, **taken_apart(state)[1]}
-        return {name: fields[name] for name in program.consumes}, {name: fields[name] for name in program.reads}
+    def _arguments(self, call: Call, state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+        fields, values = FIELDS[call.kind], {**state.__dict__, **taken_apart(state)[1]}
+        return {name: values[name] for name in fields.consumes}, {name: values[name] for name in fields.reads}
 
-    def _program(self, kind: str, state: TrainState, measured: bool) -> Any:
+    def _program(self, call: Call, state: TrainState) -> Any:
         form, _ = taken_apart(state)
-        compiled = self._compiled.get((kind, measured, form))
-        if compiled is None:
-            compiled = self._compiled[kind, measured, form] = self._compile(kind, measured, form)
-        return compiled
-
-    def _compile(self, kind: str, measured: bool, form: Form) -> Callable[..., Any]:
-        program = self._programs[kind]
-        nothing = {field.name: None for field in dataclasses.fields(TrainState)} | {"pending": 0}
-
-        def run(consumed: Any, read: Any, batch: Any, lr: Any) -> tuple[dict[str, Any], Metrics]:
-            fields = {**consumed, **read}
-            trees = {name: form.unflatten(name, fields[name]) for name in LASTING if name in fields}
-            state, metrics = program.body(TrainState(**{**nothing, **fields, **trees}), batch, lr, measured)
-            returned = {name: getattr(state, name) for name in program.returns}
-            leaves = {name: jax.tree.leaves(returned[name]) for name in LASTING if name in returned}
-            return {**returned, **leaves}, metrics
-
-        run.__name__ = f"functrain_{kind}"
-        out_shardings = None
-        if form.shardings is not None:
-            params = form.unflatten("params", form.shardings["params"])
-            split = self.step.optim.parts.split(params)
-            grads = {part: split[part] for part in self.step.optim.trained}
-            known = {**form.shardings, "window": Accumulated(sums=(grads, None), weights=None)}
-            out_shardings = ({name: known[name] for name in program.returns}, None)
-        return jax.jit(run, donate_argnums=0, out_shardings=out_shardings)
+        program = self._programs.get((call, form))
+        if program is None:
+            program = self._programs[call, form] = compiled(self.steps, call, form)
+        return program

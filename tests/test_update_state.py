@@ -122,10 +122,10 @@ def test_nothing_recompiles_after_the_first_window(mesh, sharded, accumulate, pr
             state, _ = update(state, batch)
             if i == accumulate - 1:
                 after_first = len(traces)
-                sizes = [program._cache_size() for program in update._compiled.values()]
-    assert after_first == programs == len(update._compiled)
+                sizes = [program._cache_size() for program in update._programs.values()]
+    assert after_first == programs == len(update._programs)
     assert len(traces) == after_first
-    assert [program._cache_size() for program in update._compiled.values()] == sizes == [1] * programs
+    assert [program._cache_size() for program in update._programs.values()] == sizes == [1] * programs
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -423,7 +423,7 @@ def test_update_under_a_trace_is_an_error_that_names_pure():
 @pytest.mark.parametrize("count", [3, 5])
 def test_scan_takes_whole_windows(count):
     update = ft.make_update(loss_fn, optimizer_of(linear_params()), accumulate=2)
-    with pytest.raises(ft.UpdateError, match=r"a multiple of accumulate=2 of them, not \{'': \(\d,\)\}"):
+    with pytest.raises(ft.UpdateError, match=r"a multiple of 2 of them \(accumulate=2\), not \{'': \(\d,\)\}"):
         update.scan(update.init(linear_params()), batches_of(count))
 
 
@@ -502,7 +502,7 @@ def test_a_pending_window_that_is_longer_than_the_updates_is_never_lost_in_silen
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_pure_takes_exactly_one_window(count):
     update = ft.make_update(loss_fn, optimizer_of(linear_params()), accumulate=2)
-    with pytest.raises(ft.UpdateError, match=r"pure takes in one window, accumulate=2 batches .* not \{'': \(\d,\)\}"):
+    with pytest.raises(ft.UpdateError, match=r"pure takes in 2 batches .* \(accumulate=2\), not \{'': \(\d,\)\}"):
         update.pure(update.init(linear_params()), batches_of(count))
 
 
