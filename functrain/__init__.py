@@ -4,6 +4,7 @@ A pure `train_step` returns gradients; a partition splits them by path; each par
 """
 
 from functrain.accumulate import Accumulated, AccumulationError, accumulate, zeros
+from functrain.audit import Audit, audit
 from functrain.gradients import Loss, make_train_step
 from functrain.learning_rate import with_lr
 from functrain.optimizer import FROZEN, Optimizer
@@ -12,6 +13,7 @@ from functrain.partition import Partition, partition, take
 from functrain.paths import PartitionError, flatten, non_float, unflatten
 from functrain.phases import Phase, PhaseError, alternate
 from functrain.precision import DynamicScale
+from functrain.reach import AuditError
 from functrain.routes import LossError
 from functrain.state import TrainState, UpdateError
 from functrain.update import Update, make_update
@@ -20,6 +22,8 @@ __all__ = [
     "FROZEN",
     "Accumulated",
     "AccumulationError",
+    "Audit",
+    "AuditError",
     "DynamicScale",
     "Loss",
     "LossError",
@@ -34,6 +38,7 @@ __all__ = [
     "UpdateError",
     "accumulate",
     "alternate",
+    "audit",
     "flatten",
     "make_train_step",
     "make_update",

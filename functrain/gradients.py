@@ -13,7 +13,8 @@ import numpy as np
 
 from functrain.partition import Partition
 from functrain.paths import PyTree, flatten, listed, non_float
-from functrain.routes import LossError, Route, Weight, normalised, weighted_sum, weightings
+from functrain.reach import check_reached, tagged
+from functrain.routes import LossError, Route, Weight, Weighting, normalised, weighted_sum, weightings
 
 CONTEXT = ("key", "model_state", "step")
 
@@ -111,6 +112,7 @@ def make_gradient(
     route: Route | None = None,
     loss_weights: Mapping[str, Weight] | None = None,
     per_loss: bool = False,
+    audit: str | None = None,
 ) -> Callable[..., tuple[Any, Loss, Any]]:
     """What `make_train_step` and the compiled update are made of.
 
@@ -122,39 +124,29 @@ def make_gradient(
       route: as for `make_train_step`.
       loss_weights: as for `make_train_step`.
       per_loss: as for `make_train_step`.
+      audit: check when it is traced that the loss reaches the parts, and call it so: " of phase 'critic'". None: don't.
 
     Returns:
       `gradient(params, batch, given, scale=None) -> (grads, loss, total)`; `total` is what was minimised: the weighted
       sum, or with a route the plain one. `given` has a value or None for each of `CONTEXT`.
       The loss is multiplied by `scale` before it is differentiated, and the gradients, in float32, divided by it.
     """
-    if parts is not None and not isinstance(parts, Partition):
-        raise LossError(f"make_train_step(loss_fn, parts) takes an ft.partition(...), not {type(parts).__name__}")
-    accepted = accepted_context(loss_fn)
-    if parts is None and wrt is not None:
-        raise LossError(f"wrt={wrt!r} needs a partition: make_train_step(loss_fn, parts, wrt=...)")
-    if parts is not None:
-        wrt = parts.names if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
-        parts.check_names(wrt, "wrt")
+    evaluate = make_losses(loss_fn)
+    wrt = _checked_wrt(parts, wrt)
     if sum(option is not None and option is not False for option in (route, loss_weights, per_loss)) > 1:
         raise LossError("route, loss_weights and per_loss exclude each other: put the weights into the route")
     if route is not None and parts is None:
         raise LossError("route needs a partition: make_train_step(loss_fn, parts, route=...)")
-    routed = None if route is None else normalised(route, wrt or ())
-    named_before: list[tuple[str, ...]] = []
+    routed = None if route is None else normalised(route, wrt)
 
     def gradient(params: PyTree, batch: Any, given: Mapping[str, Any], scale: Any = None) -> tuple[Any, Loss, Any]:
-        context = {name: given[name] for name, required in accepted.items() if required or given[name] is not None}
-        if absent := [name for name in context if context[name] is None]:
-            raise LossError(f"{_name(loss_fn)} declares {listed(absent)}: call train_step(..., {absent[0]}=...)")
+        reached: set[tuple[str, str]] = set()
 
         def losses(differentiated: Any) -> tuple[dict[str, Any], Loss]:
+            if audit is not None:
+                differentiated = tagged(differentiated, reached.update)
             whole = differentiated if parts is None else parts.merge(differentiated, into=params)
-            # Flax NNX refuses Variables that were made outside of the function that is differentiated.
-            inner = {name: jax.tree.map(lambda leaf: leaf, value) for name, value in context.items()}
-            loss = _completed(loss_fn(cast(whole), batch, **inner), loss_fn, given["model_state"])
-            _check_names_stay(loss, named_before, loss_fn)
-            return {name: jnp.asarray(value) for name, value in loss.values.items()}, loss
+            return evaluate(cast(whole), batch, given)
 
         def scaled(values: Mapping[str, Any], weights: Mapping[str, Weight]) -> Any:
             total = weighted_sum(values, weights, given["step"])
@@ -169,7 +161,7 @@ def make_gradient(
             differentiated = params
         else:
             split = parts.split(params)
-            differentiated = {part: split[part] for part in wrt or ()}
+            differentiated = {part: split[part] for part in wrt}
         _check_differentiable(differentiated, split=parts is not None)
         if routed is None and not per_loss:
             grads, (loss, total) = jax.grad(summed, has_aux=True)(differentiated)
@@ -183,15 +175,32 @@ def make_gradient(
             if per_loss:
                 grads = {name: pulled_back({name: 1.0}) for name in values}
             else:
-                grads = {}
-                for weighting in weightings(list(values), wrt or (), routed, {}):
-                    of_all = pulled_back(weighting.weights)
-                    grads |= {part: of_all[part] for part in weighting.parts}
+                grads = _routed(weightings(list(values), wrt, routed, {}), pulled_back, reached)
+        if audit is not None and parts is not None:
+            check_reached(parts, wrt, reached, audit)
         if scale is not None:
             grads = jax.tree.map(lambda grad: grad.astype(jnp.float32) / scale, grads)
         return grads, loss, total
 
     return gradient
+
+
+def make_losses(loss_fn: Callable[..., Any]) -> Callable[..., tuple[dict[str, Any], Loss]]:
+    """Makes `(whole params, batch, given) -> (values by name, Loss)`, with all that a loss function returns checked."""
+    accepted = accepted_context(loss_fn)
+    named_before: list[tuple[str, ...]] = []
+
+    def losses(params: PyTree, batch: Any, given: Mapping[str, Any]) -> tuple[dict[str, Any], Loss]:
+        context = {name: given[name] for name, required in accepted.items() if required or given[name] is not None}
+        if absent := [name for name in context if context[name] is None]:
+            raise LossError(f"{_name(loss_fn)} declares {listed(absent)}: call train_step(..., {absent[0]}=...)")
+        # Flax NNX refuses Variables that were made outside of the function that is differentiated.
+        inner = {name: jax.tree.map(lambda leaf: leaf, value) for name, value in context.items()}
+        loss = _completed(loss_fn(params, batch, **inner), loss_fn, given["model_state"])
+        _check_names_stay(loss, named_before, loss_fn)
+        return {name: jnp.asarray(value) for name, value in loss.values.items()}, loss
+
+    return losses
 
 
 def _pulled_back(
@@ -200,6 +209,34 @@ def _pulled_back(
     """One backward pass, of one weighted sum: no other loss is in it, not even multiplied by zero."""
     transposed = jax.linear_transpose(lambda tangent: objective(tangents(tangent)), differentiated)
     return transposed(jnp.ones((), jax.eval_shape(objective, values).dtype))[0]
+
+
+def _routed(
+    found: Sequence[Weighting], pulled_back: Callable[[Any], Any], reached: set[tuple[str, str]]
+) -> dict[str, Any]:
+    """Each part's gradient of its own weighting; leaves in `reached` what these reach."""
+    grads: dict[str, Any] = {}
+    of_route: set[tuple[str, str]] = set()
+    for weighting in found:
+        reached.clear()
+        of_all = pulled_back(weighting.weights)
+        grads |= {part: of_all[part] for part in weighting.parts}
+        of_route |= {(part, path) for part, path in reached if part in weighting.parts}
+    reached.clear()
+    reached |= of_route
+    return grads
+
+
+def _checked_wrt(parts: Partition | None, wrt: str | Sequence[str] | None) -> tuple[str, ...]:
+    if parts is None:
+        if wrt is not None:
+            raise LossError(f"wrt={wrt!r} needs a partition: make_train_step(loss_fn, parts, wrt=...)")
+        return ()
+    if not isinstance(parts, Partition):
+        raise LossError(f"make_train_step(loss_fn, parts) takes an ft.partition(...), not {type(parts).__name__}")
+    names = parts.names if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    parts.check_names(names, "wrt")
+    return names
 
 
 def _check_names_stay(loss: Loss, before: list[tuple[str, ...]], loss_fn: Callable[..., Any]) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -266,8 +266,17 @@ def table(parts: Partition, title: str, cells: Sequence[str], *, paths: bool = F
         if paths:
             rows += [(f"  {leaf.path}", "", *_sums([leaf])[1:], _spec(leaf)) for leaf in mine]
     rows.append(("total", *_sums(parts.leaves), ""))
+    return aligned(rows, (str.ljust, str.rjust, str.rjust, str.rjust, str.ljust))
+
+
+def aligned(rows: Sequence[Sequence[str]], aligns: Sequence[Callable[[str, int], str]]) -> str:
+    """Rows of cells as lines of text; each column as wide as its widest cell.
+
+    >>> print(aligned([("a", "1"), ("bcd", "23")], (str.ljust, str.rjust)))
+    a     1
+    bcd  23
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligns = (str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
     lines = ([align(cell, width) for align, cell, width in zip(aligns, row, widths, strict=True)] for row in rows)
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
@@ -333,10 +342,11 @@ def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...] | None, Any]:
 def _sums(leaves: Sequence[Leaf]) -> tuple[str, str, str]:
     sizes = [(math.prod(leaf.shape), leaf.dtype.itemsize) for leaf in leaves if leaf.shape is not None]
     parameters, nbytes = sum(size for size, _ in sizes), sum(size * itemsize for size, itemsize in sizes)
-    return f"{len(leaves):,}", f"{parameters:,}", _bytes(nbytes)
+    return f"{len(leaves):,}", f"{parameters:,}", in_bytes(nbytes)
 
 
-def _bytes(count: float) -> str:
+def in_bytes(count: float) -> str:
+    """A number of bytes for a reader: "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"

@@ -41,6 +41,7 @@ def make_update(
     loss_scale: DynamicScale | None = None,
     route: Route | None = None,
     loss_weights: Mapping[str, Weight] | None = None,
+    audit: bool = True,
 ) -> "Update":
     """Makes the compiled update of a loss function and an optimizer.
 
@@ -76,6 +77,8 @@ def make_update(
       route: which losses each part learns from, as for `make_train_step`; the "loss" in the metrics is then the plain
         sum of all.
       loss_weights: the weights of named losses in the sum, as for `make_train_step`; each is logged unweighted.
+      audit: check before the first step, without a FLOP, that the losses reach the trained parts: raise for a part of
+        which they reach no leaf, warn of single leaves. See `ft.audit`.
 
     Raises:
       UpdateError: an option that is none of these.
@@ -104,8 +107,9 @@ def make_update(
     steps = []
     for index, phase in enumerate(schedule.phases):
         gradient = make_gradient(
-            phase.loss_fn, optim.parts, phase.trained, cast, route=phase.route, loss_weights=phase.loss_weights
-        )
+            phase.loss_fn, optim.parts, phase.trained, cast, route=phase.route, loss_weights=phase.loss_weights,
+            audit=(f" of phase {phase.name!r}" if phase.name else "") if audit else None,
+        )  # fmt: skip
         required |= {name for name, is_required in accepted_context(phase.loss_fn).items() if is_required}
         afters = tuple(each for each in (phase.after, after) if each is not None)
         steps.append(

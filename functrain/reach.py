@@ -1,0 +1,84 @@
+"""Which leaves a gradient reaches: found when it is traced, and free when it runs."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from functrain.partition import Partition
+from functrain.paths import listed
+
+
+class AuditError(ValueError):
+    """A trained part that no loss reaches."""
+
+
+def tagged(split: Mapping[str, Mapping[str, Any]], record: Callable[[set[tuple[str, str]]], None]) -> Any:
+    """The same split tree; a backward pass through it tells which leaves it has a gradient for.
+
+    >>> found = []
+    >>> def loss(split):
+    ...     split = tagged(split, found.append)
+    ...     return split["a"]["w"] * jax.lax.stop_gradient(split["b"]["v"])
+    >>> grads = jax.grad(loss)({"a": {"w": 1.0}, "b": {"v": 2.0}})
+    >>> found
+    [{('a', 'w')}]
+
+    Args:
+      split: `{part: {path: leaf}}`.
+      record: called with the (part, path) of every leaf whose cotangent is more than the zero that JAX knows of
+        when it transposes; not called where all are zero.
+    """
+
+    @jax.custom_vjp
+    def tag(split: Any) -> Any:
+        return split
+
+    def forward(split: Any) -> tuple[Any, None]:
+        return {part: {path: leaf.value for path, leaf in flat.items()} for part, flat in split.items()}, None
+
+    def backward(_: None, cotangents: Any) -> tuple[Any]:
+        record({(part, path) for part, flat in cotangents.items() for path, ct in flat.items() if not _is_zero(ct)})
+        return (
+            jax.tree.map(
+                lambda ct: jnp.zeros(ct.shape, ct.dtype) if _is_zero(ct) else ct, cotangents, is_leaf=_is_zero
+            ),
+        )
+
+    tag.defvjp(forward, backward, symbolic_zeros=True)
+    return tag(split)
+
+
+def check_reached(parts: Partition, trained: tuple[str, ...], reached: set[tuple[str, str]], where: str) -> None:
+    """Raises for a trained part of which no leaf is reached, and warns of the single leaves that are not.
+
+    Raises:
+      AuditError: names the part and its leaves.
+    """
+    why = "it is not used, or cut off by stop_gradient or an operation that has no gradient"
+    single = []
+    for part in trained:
+        unreached = [path for path in parts.paths(part) if (part, path) not in reached]
+        if len(unreached) == len(parts.paths(part)):
+            raise AuditError(
+                f"no loss{where} reaches the trained part {part!r} ({listed(unreached)}): {why};"
+                " print(ft.audit(loss_fn, parts, params, batch)) shows what reaches what; freeze the part, or write"
+                " audit=False"
+            )
+        single += unreached
+    if single:
+        warnings.warn(
+            f"no loss{where} reaches {listed(single)}, which is trained: {why}; give such leaves a frozen part, or"
+            " write audit=False",
+            stacklevel=2,
+        )
+
+
+def _array(cotangent: Any) -> Any:
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if _is_zero(cotangent) else cotangent
+
+
+def _is_zero(cotangent: Any) -> bool:
+    return isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
