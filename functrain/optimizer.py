@@ -214,11 +214,16 @@ class Optimizer:
             found[part] = state_shardings(jax.eval_shape(self._tx(part).init, shapes), shapes, split[part])
         return found
 
+    @property
+    def described(self) -> dict[str, str]:
+        """What made the transform of each part, as far as it can be told; "frozen" for a frozen one."""
+        return {part: _described(self.transforms[part]) for part in self.parts.names}
+
     def __str__(self) -> str:
-        return table(self.parts, "optimizer", [_described(self.transforms[part]) for part in self.parts.names])
+        return table(self.parts, "optimizer", list(self.described.values()))
 
     def __repr__(self) -> str:
-        described = ", ".join(f"{part}: {_described(tx)}" for part, tx in self.transforms.items())
+        described = ", ".join(f"{part}: {name}" for part, name in self.described.items())
         return f"Optimizer({described})"
 
     def _tx(self, part: str) -> optax.GradientTransformationExtraArgs:

@@ -32,6 +32,8 @@ class TrainState:
       pending: batches in the unfinished window; a 0-d int32 of the host.
       window: the weighted sums of gradients and metrics of the unfinished window; None where none is pending.
       loss_scale: the state of the dynamic loss scale; None without one.
+      configuration: what the update is made of, as JSON: the parts, their paths and optimizers, the accumulation, the
+        phases. Static; a checkpoint is checked against it.
     """
 
     params: PyTree
@@ -43,6 +45,7 @@ class TrainState:
     pending: Any
     window: Accumulated | None
     loss_scale: Any
+    configuration: str = dataclasses.field(default="{}", metadata={"static": True})
 
     def __getattr__(self, name: str) -> Any:
         # Between two updates nobody looks at most fields, and flattening and unflattening them would cost more than
@@ -62,7 +65,7 @@ LASTING = ("params", "opt_state", "model_state", "loss_scale")
 
 
 def initial_state(
-    optim: Optimizer, params: PyTree, model_state: Any, key: Any, loss_scale: Any, *, copy: bool
+    optim: Optimizer, params: PyTree, model_state: Any, key: Any, loss_scale: Any, configuration: str, *, copy: bool
 ) -> TrainState:
     """A state whose every buffer is its own, so that all of it can be donated."""
     arrays = jax.Array | np.ndarray | np.generic | int | float | complex
@@ -74,7 +77,8 @@ def initial_state(
     users = {id(leaf) for leaf in jax.tree.leaves((params, model_state))} if copy else set()
     params, model_state = jax.tree.map(as_array, (params, model_state))
     counter = np.zeros((), np.int32)
-    state = TrainState(params, optim.init(params), model_state, key, counter, counter, counter, None, loss_scale)
+    opt_state = optim.init(params)
+    state = TrainState(params, opt_state, model_state, key, counter, counter, counter, None, loss_scale, configuration)
 
     def own(leaf: Any) -> Any:
         shared = id(leaf) in users
@@ -94,7 +98,7 @@ def initial_state(
 
 
 def abstract_state(
-    optim: Optimizer, params: PyTree, model_state: Any, key: Any, loss_scale: Callable[[], Any]
+    optim: Optimizer, params: PyTree, model_state: Any, key: Any, loss_scale: Callable[[], Any], configuration: str
 ) -> TrainState:
     """The shapes, dtypes and shardings of an initial state, from arrays or shapes, without computing anything."""
     shapes = jax.eval_shape(
@@ -110,7 +114,7 @@ def abstract_state(
         )
     counter = jax.ShapeDtypeStruct((), jnp.int32)
     params, opt_state, model_state, key, scale = shapes
-    return TrainState(params, opt_state, model_state, key, counter, counter, counter, None, scale)
+    return TrainState(params, opt_state, model_state, key, counter, counter, counter, None, scale, configuration)
 
 
 class Form:

@@ -152,9 +152,9 @@ class Step:
             params, opt_state, model_state, parts = applied()
         if measured:
             metrics = metrics | {"parts": parts}
-        new = TrainState(
-            params=params, opt_state=opt_state, model_state=model_state, key=state.key, step=step,
-            batches=state.batches, pending=state.pending * 0, window=None, loss_scale=scale,
+        new = dataclasses.replace(
+            state, params=params, opt_state=opt_state, model_state=model_state, step=step, pending=state.pending * 0,
+            window=None, loss_scale=scale,
         )  # fmt: skip
         return new, metrics
 

@@ -1,6 +1,8 @@
 """The compiled update: train step, partition, optimizer and accumulation as one state and one call."""
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -159,6 +161,17 @@ class Update:
         """Batches in a window."""
         return self.steps[0].accumulate
 
+    @functools.cached_property
+    def configuration(self) -> str:
+        """What it is made of, as JSON, for a checkpoint to be checked against."""
+        phases = self.schedule.phases
+        return json.dumps({
+            "parts": {part: self.optim.parts.paths(part) for part in self.optim.parts.names},
+            "optimizers": self.optim.described,
+            "accumulate": self.accumulate,
+            "phases": [[phase.name, *phase.trained, phase.repeat, phase.same_batch] for phase in phases if phase.name],
+        })  # fmt: skip
+
     @property
     def cycle(self) -> int:
         """Batches in a whole cycle of phases; without phases, or where `phase=` says whose turn it is, in a window."""
@@ -181,7 +194,7 @@ class Update:
             raise UpdateError(f"the loss function declares {listed(absent)}: update.init(params, {absent[0]}=...)")
         loss_scale = self.steps[0].loss_scale
         scale = None if loss_scale is None else loss_scale.init()
-        return initial_state(self.optim, params, model_state, key, scale, copy=copy)
+        return initial_state(self.optim, params, model_state, key, scale, self.configuration, copy=copy)
 
     def abstract(self, params: PyTree, *, key: Any = None, model_state: Any = None) -> TrainState:
         """What `init` would return, as `jax.ShapeDtypeStruct`s with shardings: what to restore a checkpoint like.
@@ -190,7 +203,7 @@ class Update:
         """
         loss_scale = self.steps[0].loss_scale
         scale = (lambda: None) if loss_scale is None else loss_scale.init
-        return abstract_state(self.optim, params, model_state, key, scale)
+        return abstract_state(self.optim, params, model_state, key, scale, self.configuration)
 
     def __call__(
         self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None
@@ -357,6 +370,7 @@ class Update:
             batches=np.array(state.batches + batches, np.int32),
             pending=np.array(state.pending + 1 if sums else 0, np.int32),
             window=returned.get("window"),
+            configuration=state.configuration,
         )
         return new, metrics
 

@@ -1,0 +1,1 @@
+"""The optional training loop, and what it stands on: data, checkpoints, evaluation, logs."""

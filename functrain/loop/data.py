@@ -1,0 +1,284 @@
+"""Batches for a training loop: a function of seed and epoch, one slice for each process, resumable anywhere."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    import grain
+
+Batch: TypeAlias = dict[str, Any]
+Last: TypeAlias = Literal["keep", "drop", "pad"]
+
+
+class DataError(ValueError):
+    """Data that cannot be batched as asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The batches of a dataset, epoch by epoch; made by `from_arrays` and `from_tfds`.
+
+    >>> data = from_arrays({"x": np.arange(5)}, batch_size=2, seed=7)
+    >>> [batch["x"].tolist() for batch in data.epoch(0)]
+    [[3, 4], [0, 2], [1]]
+    >>> [batch["x"].tolist() for batch in data.epoch(1)]
+    [[1, 3], [2, 4], [0]]
+
+    Iterating over it is iterating over its epoch 0; its length is that of an epoch, in batches.
+
+    Attributes:
+      read: the examples of these numbers, int64 (n,), as one batch of n.
+      examples: how many there are.
+      batch_size, seed, shuffle, last: as given to `from_arrays`.
+      process: this process's number.
+      processes: how many share each batch: process p gets the p-th of as many equal slices.
+      read_ahead: the batches that are read in advance, each on a thread of its own.
+    """
+
+    read: Callable[[np.ndarray], Batch] = dataclasses.field(repr=False)
+    examples: int
+    batch_size: int
+    seed: int
+    shuffle: bool
+    last: Last
+    process: int
+    processes: int
+    read_ahead: int
+
+    def __post_init__(self) -> None:
+        if self.last not in get_args(Last):
+            raise DataError(f"last={self.last!r}: write 'keep', 'drop' or 'pad'")
+        if self.seed < 0:
+            raise DataError(f"seed={self.seed}: write an integer that is not negative")
+        if self.batch_size < 1 or self.batch_size % self.processes:
+            raise DataError(
+                f"batch_size={self.batch_size} over {self.processes} process(es): it counts the examples of all"
+                f" processes; write a positive multiple of {self.processes}"
+            )
+        short = self.examples % self.batch_size
+        if self.last == "keep" and short % self.processes:
+            raise DataError(
+                f"{self.examples} examples in batches of {self.batch_size} leave a last one of {short}, which"
+                f" {self.processes} processes cannot share equally; write last='pad' or last='drop'"
+            )
+        if not len(self):
+            raise DataError(
+                f"{self.examples} example(s) make no batch of {self.batch_size} with last='drop';"
+                " write last='keep' or last='pad', or a smaller batch_size"
+            )
+        # Two examples, as one has no shape to differ from.
+        if "weight" in self.read(np.arange(min(self.examples, 2))) and self.last == "pad":
+            raise DataError(
+                "last='pad' adds the key 'weight', which the data has already; rename it, or write last='keep'"
+                " or last='drop'"
+            )
+
+    def __len__(self) -> int:
+        """The batches of an epoch, the same number in every process."""
+        return self.examples // self.batch_size if self.last == "drop" else -(-self.examples // self.batch_size)
+
+    def __iter__(self) -> "grain.DatasetIterator[Batch]":
+        return self.epoch(0)
+
+    def epoch(self, epoch: int) -> "grain.DatasetIterator[Batch]":
+        """The batches of one epoch, in the order that the seed and the epoch's number say.
+
+        >>> data = from_arrays({"x": np.arange(6)}, batch_size=2, shuffle=False)
+        >>> batches = data.epoch(3)
+        >>> next(batches)["x"].tolist(), batches.get_state()
+        ([0, 1], {'next_index': 1})
+        >>> resumed = data.epoch(3)
+        >>> resumed.set_state({"next_index": 1})
+        >>> next(resumed)["x"].tolist()
+        [2, 3]
+
+        Args:
+          epoch: its number, from 0.
+
+        Raises:
+          DataError: the number is negative.
+
+        Returns:
+          A Grain iterator. Its state is the number of batches that it gave; the epoch's number is not in it.
+        """
+        import grain
+
+        if epoch < 0:
+            raise DataError(f"epoch({epoch}): epochs are counted from 0; write epoch(0) for the first")
+        batches = grain.MapDataset.range(len(self)).map(functools.partial(self._batch, self._order(epoch)))
+        return iter(batches.to_iter_dataset(grain.ReadOptions(self.read_ahead, self.read_ahead)))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.examples)
+        # NumPy promises PCG64's bits for all versions to come, `Generator.permutation` it may change: a run that
+        # resumes on another NumPy would see some examples twice.
+        return np.random.PCG64([self.seed, epoch]).random_raw(self.examples).argsort(kind="stable")
+
+    def _batch(self, order: np.ndarray, number: int) -> Batch:
+        start = number * self.batch_size
+        size = self.batch_size if self.last == "pad" else min(self.batch_size, self.examples - start)
+        share = size // self.processes
+        places = start + self.process * share + np.arange(share)
+        batch = self.read(order[np.minimum(places, self.examples - 1)])
+        if self.last == "pad":
+            batch["weight"] = (places < self.examples).astype(np.float32)
+        return batch
+
+
+def from_arrays(
+    arrays: Mapping[str, Any], batch_size: int, *, seed: int = 0, shuffle: bool = True, last: Last = "keep"
+) -> Data:
+    """Batches of arrays in memory.
+
+    >>> data = from_arrays({"image": np.zeros((5, 8, 8)), "label": np.arange(5)}, batch_size=4, last="pad")
+    >>> len(data)
+    2
+    >>> [batch["weight"].tolist() for batch in data]
+    [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
+
+    With several processes each builds the same data, after `jax.distributed.initialize`, and gets its own slice of each
+    batch. A batch is cut into equal slices, so that all processes see the same number of batches of the same shape: a
+    last batch that cannot be cut so must be padded or dropped.
+
+    Args:
+      arrays: `{name: (examples, ...)}`, what `np.asarray` takes; NumPy arrays and memory maps are not copied.
+      batch_size: examples in a batch, over all processes; a multiple of their number.
+      seed: the order of an epoch follows from it and the epoch's number alone, in every process and every run.
+      shuffle: False keeps the order of the arrays.
+      last: what becomes of a last batch that is short: "keep" it, "drop" it, or "pad" it with the last example and add
+        to every batch "weight", float32 (batch,), 1 for an example and 0 for padding, so that all have one shape.
+
+    Raises:
+      DataError: the arrays have no common number of examples, or cannot be batched as asked.
+
+    Returns:
+      Data whose batches are `{name: (batch, ...)}`, new NumPy arrays of the dtypes given.
+    """
+    columns = {name: np.asarray(array) for name, array in arrays.items()}
+    lengths = {name: len(column) if column.ndim else None for name, column in columns.items()}
+    examples = next(iter(lengths.values()), None)
+    if not examples or len(set(lengths.values())) > 1:
+        raise DataError(
+            f"the arrays have the lengths {lengths}; give at least one, and to each the same leading axis,"
+            " one row an example, not empty"
+        )
+
+    def read(rows: np.ndarray) -> Batch:
+        return {name: column[rows] for name, column in columns.items()}
+
+    return Data(read, examples, batch_size, seed, shuffle, last, jax.process_index(), jax.process_count(), 0)
+
+
+def from_tfds(
+    builder: Any,
+    split: str,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    shuffle: bool = True,
+    last: Last = "keep",
+    data_dir: str | os.PathLike[str] | None = None,
+    builder_kwargs: Mapping[str, Any] | None = None,
+) -> Data:
+    """Batches of a dataset of tensorflow-datasets, read from array_record files without TensorFlow.
+
+    >>> import tensorflow_datasets as tfds
+    >>> with tfds.testing.mock_data(num_examples=100):
+    ...     batch = next(from_tfds("mnist", "train", batch_size=32).epoch(0))
+    >>> {name: (array.shape, array.dtype.name) for name, array in batch.items()}
+    {'image': ((32, 28, 28, 1), 'uint8'), 'label': ((32,), 'int64')}
+
+    A dataset that has not been prepared is downloaded and written first. tensorflow-datasets needs TensorFlow to write
+    some features, such as images, and none to read them. Of several processes that share a folder, let one prepare it.
+
+    Args:
+      builder: a dataset's name, or a builder made with `file_format="array_record"`.
+      split: "train", "train[:90%]" and the like.
+      batch_size, seed, shuffle, last: as for `from_arrays`.
+      data_dir: where datasets are kept; None for tensorflow-datasets' own folder. Only with a name.
+      builder_kwargs: other arguments of the builder. Only with a name.
+
+    Raises:
+      DataError: the dataset is in another file format, cannot be written here, has a feature that is text or of
+        several shapes (which may show only at a later batch), or cannot be batched as asked.
+
+    Returns:
+      Data whose batches are NumPy arrays of the dtypes that the features declare, nested as they are.
+    """
+    builder = _builder(builder, data_dir, builder_kwargs or {})
+    source = _source(builder, split)
+    dtypes = builder.info.features.np_dtype
+
+    def read(rows: np.ndarray) -> Batch:
+        # `source.__getitems__` is no faster on local files, where decoding is the work; elsewhere, reading ahead is.
+        records = [source[row] for row in rows.tolist()]
+        return {name: _stack(name, [record[name] for record in records], dtypes[name]) for name in dtypes}
+
+    return Data(read, len(source), batch_size, seed, shuffle, last, jax.process_index(), jax.process_count(), 4)
+
+
+def _builder(builder: Any, data_dir: Any, builder_kwargs: Mapping[str, Any]) -> Any:
+    import tensorflow_datasets as tfds
+
+    if isinstance(builder, str):
+        made = tfds.builder(builder, data_dir=data_dir, **builder_kwargs)
+        if made.is_prepared():
+            return made
+        return tfds.builder(builder, data_dir=data_dir, **{"file_format": "array_record", **builder_kwargs})
+    if not isinstance(builder, tfds.core.DatasetBuilder) or data_dir is not None or builder_kwargs:
+        raise DataError(
+            f"from_tfds({builder!r}, data_dir={data_dir!r}, builder_kwargs={dict(builder_kwargs)}): write a dataset's"
+            ' name, or a builder made with all of these, Digits(data_dir=..., file_format="array_record")'
+        )
+    return builder
+
+
+def _source(builder: Any, split: str) -> Any:
+    info = builder.info
+    wrong_format = DataError(
+        f"{info.full_name} has the file format {info.as_proto.file_format}, which cannot be read at random; write"
+        f' file_format="array_record", and another data_dir if {builder.data_dir} holds the dataset already'
+    )
+    if not builder.is_prepared():
+        if info.file_format not in type(info.file_format).with_random_access():
+            raise wrong_format
+        try:
+            builder.download_and_prepare()
+        except ImportError as error:
+            reason = str(error).rpartition("\n")[2]
+            raise DataError(
+                f"{info.full_name} cannot be written here: {reason}. Writing some features needs"
+                " TensorFlow, reading none: call download_and_prepare() of a builder with"
+                ' file_format="array_record" where it is installed, or in a dataset of your own write'
+                " tfds.features.Tensor for Image"
+            ) from error
+    try:
+        return builder.as_data_source(split)
+    except NotImplementedError as error:
+        raise wrong_format from error
+
+
+def _stack(name: str, values: list[Any], dtype: Any) -> Any:
+    if isinstance(values[0], Mapping):
+        return {key: _stack(f"{name}/{key}", [value[key] for value in values], dtype[key]) for key in dtype}
+    try:
+        # The declared dtype, as a record holds scalars as Python numbers.
+        stacked = np.stack([np.asarray(value, dtype) for value in values])
+    except (TypeError, ValueError):
+        problem = "is not of one shape"
+    else:
+        if not stacked.dtype.hasobject:
+            return stacked
+        problem = "is text"
+    raise DataError(
+        f"the feature {name!r} {problem}, and cannot be stacked to a batch; write a Grain pipeline of your own that"
+        " makes arrays of one shape of it, or leaves it out:"
+        " grain.MapDataset.source(builder.as_data_source(split)).map(...).batch(...)"
+    )

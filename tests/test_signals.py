@@ -1,0 +1,221 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from functrain.loop.signals import StopSignals
+
+BOTH = (signal.SIGINT, signal.SIGTERM)
+
+# Runs until it is told to stop, in steps of 16, which the sync point of JAX alone would miss. One process asks twice.
+RUN = """
+import sys, time
+import jax
+from functrain.loop.signals import StopSignals
+
+jax.config.update("jax_platforms", "cpu")
+questions = 1
+if len(sys.argv) > 1:
+    port, process = sys.argv[1:]
+    questions += int(process)
+    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process))
+with StopSignals() as signals:
+    step = 0
+    while not any(signals.should_stop(step) for _ in range(questions)):
+        step += 16
+        print("step", flush=True)
+        time.sleep(0.02)
+print("stopped at", step, "by", signals.received.name)
+sys.exit(signals.exit_code)
+"""
+
+WITHOUT_THE_SERVICE = """
+import sys
+import jax
+from functrain.loop.signals import StopSignals
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_enable_preemption_service", False)
+port, process = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process))
+with StopSignals() as signals:
+    print([signals.should_stop(step) for step in range(3)], signals.received, signals.exit_code)
+"""
+
+# A handler that C installed: getpid will do. A module made anew looks at what is installed, as an embedding program's
+# interpreter does when it starts.
+FOREIGN_HANDLER = """
+import ctypes, os, signal, sys
+from functrain.loop.signals import StopSignals
+
+libc = ctypes.CDLL(None)
+libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+libc.signal(signal.SIGTERM, ctypes.cast(libc.getpid, ctypes.c_void_p))
+del sys.modules["_signal"]
+import _signal
+assert signal.getsignal(signal.SIGTERM) is None
+for _ in range(2):
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    print(signals.received, signal.getsignal(signal.SIGTERM))
+"""
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Whatever a test installs is gone after it."""
+    before = {number: signal.getsignal(number) for number in BOTH}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+def start(program, *arguments):
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def finished(*processes):
+    """The last line that each printed, and what it exited with."""
+    try:
+        outputs = [process.communicate(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        ((out.splitlines() or [err])[-1], process.returncode)
+        for (out, err), process in zip(outputs, processes, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_first_signal_is_only_recorded(number, exit_code):
+    with StopSignals() as signals:
+        assert not signals.should_stop(1)
+        assert (signals.received, signals.exit_code) == (None, None)
+        send(number)
+        assert signals.should_stop(2)
+        assert signals.should_stop(3)
+    assert (signals.received, signals.exit_code) == (number, exit_code)
+
+
+@pytest.mark.parametrize("first", BOTH)
+@pytest.mark.parametrize("second", BOTH)
+def test_a_second_signal_stops_at_once_with_the_former_handlers_in_place(first, second):
+    former = {number: signal.getsignal(number) for number in BOTH}
+    error = KeyboardInterrupt if second == signal.SIGINT else SystemExit
+    signals, within = StopSignals(), {}
+
+    def loop():
+        with signals:
+            send(first)
+            try:
+                send(second)
+            finally:
+                within.update({number: signal.getsignal(number) for number in BOTH})
+
+    with pytest.raises(error) as raised:
+        loop()
+    assert within == former
+    assert signals.received == second
+    if second == signal.SIGTERM:
+        assert raised.value.code == 143
+
+
+@pytest.mark.parametrize("former", [signal.SIG_DFL, signal.SIG_IGN, lambda number, frame: None])
+def test_handlers_are_put_back(former):
+    for number in BOTH:
+        signal.signal(number, former)
+    with StopSignals():
+        assert all(signal.getsignal(number) != former for number in BOTH)
+    assert [signal.getsignal(number) for number in BOTH] == [former, former]
+
+
+def test_handlers_are_put_back_when_an_error_leaves():
+    former = [signal.getsignal(number) for number in BOTH]
+    with pytest.raises(ZeroDivisionError), StopSignals():
+        1 / 0  # noqa: B018
+    assert [signal.getsignal(number) for number in BOTH] == former
+
+
+def test_a_former_handler_gets_the_signals_that_come_after():
+    seen = []
+    signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    with StopSignals():
+        send(signal.SIGTERM)
+    assert not seen
+    send(signal.SIGTERM)
+    assert seen == [signal.SIGTERM]
+
+
+def test_it_can_be_entered_again():
+    signals = StopSignals()
+    with signals:
+        send(signal.SIGINT)
+    with signals:
+        assert not signals.should_stop(1)
+        send(signal.SIGTERM)
+        assert signals.should_stop(2)
+    assert signals.received == signal.SIGTERM
+
+
+def test_outside_the_main_thread_nothing_is_installed():
+    former = [signal.getsignal(number) for number in BOTH]
+    seen = []
+
+    def loop():
+        with StopSignals() as signals:
+            seen.append([signal.getsignal(number) for number in BOTH])
+            seen.append(signals.should_stop(1))
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    thread.join()
+    assert seen == [former, False]
+
+
+def test_a_handler_from_c_is_left_alone():
+    assert finished(start(FOREIGN_HANDLER)) == [("None None", 0)]
+
+
+def test_a_process_exits_with_the_code_of_its_signal():
+    process = start(RUN)
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    [(line, code)] = finished(process)
+    assert line.endswith("by SIGTERM")
+    assert code == 143
+
+
+def test_all_processes_stop_at_one_step():
+    port = free_port()
+    processes = [start(RUN, port, process) for process in range(2)]
+    for process in processes:
+        process.stdout.readline()
+    processes[1].send_signal(signal.SIGTERM)
+    (line, code), (other_line, other_code) = finished(*processes)
+    assert line.startswith("stopped at ")
+    assert line.endswith(" by SIGTERM")
+    assert line == other_line
+    assert code == other_code == 143
+
+
+def test_without_jaxs_preemption_service_several_processes_are_not_stopped():
+    port = free_port()
+    ended = finished(*(start(WITHOUT_THE_SERVICE, port, process) for process in range(2)))
+    assert ended == [("[False, False, False] None None", 0)] * 2
