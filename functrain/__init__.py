@@ -3,6 +3,9 @@
 A pure `train_step` returns gradients; a partition splits them by path; each part has its own optax transform.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from functrain.accumulate import Accumulated, AccumulationError, accumulate, zeros
 from functrain.audit import Audit, audit
 from functrain.gradients import Loss, make_train_step
@@ -18,13 +21,33 @@ from functrain.routes import LossError
 from functrain.state import TrainState, UpdateError
 from functrain.update import Update, make_update
 
+if TYPE_CHECKING:
+    from functrain.loop import (
+        Checkpoints,
+        EarlyStopping,
+        Evaluation,
+        Every,
+        Hook,
+        JsonLines,
+        TensorBoard,
+        fit,
+        from_arrays,
+        from_tfds,
+    )
+
 __all__ = [
     "FROZEN",
     "Accumulated",
     "AccumulationError",
     "Audit",
     "AuditError",
+    "Checkpoints",
     "DynamicScale",
+    "EarlyStopping",
+    "Evaluation",
+    "Every",
+    "Hook",
+    "JsonLines",
     "Loss",
     "LossError",
     "Optimizer",
@@ -33,13 +56,17 @@ __all__ = [
     "PartitionError",
     "Phase",
     "PhaseError",
+    "TensorBoard",
     "TrainState",
     "Update",
     "UpdateError",
     "accumulate",
     "alternate",
     "audit",
+    "fit",
     "flatten",
+    "from_arrays",
+    "from_tfds",
     "make_train_step",
     "make_update",
     "non_float",
@@ -49,3 +76,15 @@ __all__ = [
     "with_lr",
     "zeros",
 ]
+
+# The loop stands on Orbax and Grain, which take a second to import: what is of it is imported when it is asked for.
+_LOOP = {
+    "Checkpoints", "EarlyStopping", "Evaluation", "Every", "Hook", "JsonLines", "TensorBoard", "fit", "from_arrays",
+    "from_tfds",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LOOP:
+        return getattr(import_module("functrain.loop"), name)
+    raise AttributeError(f"module 'functrain' has no attribute {name!r}")

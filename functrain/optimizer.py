@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from functrain.adopt import Adoption, adopted
 from functrain.learning_rate import rates_in, with_rate
 from functrain.optimizer_state import OptimizerError, in_one_dtype, like_before, placed, state_shardings, strong
 from functrain.partition import Partition, Split, table
-from functrain.paths import PartitionError, PyTree, around_first_difference, listed, non_float
+from functrain.paths import PartitionError, PyTree, around_first_difference, flatten, listed, non_float, unflatten
 
 
 class Frozen:
@@ -213,6 +214,45 @@ class Optimizer:
             shapes = self._shapes(part)
             found[part] = state_shardings(jax.eval_shape(self._tx(part).init, shapes), shapes, split[part])
         return found
+
+    def adopt(
+        self, other: "Optimizer", other_state: Mapping[str, Any], params: PyTree
+    ) -> tuple[dict[str, Any], Adoption]:
+        """A state for this optimizer with what fits of another one's: a backbone unfrozen, a part split, SGD for Adam.
+
+        >>> from functrain import partition
+        >>> params = {"body": jnp.ones(2), "head": jnp.ones(2)}
+        >>> parts = partition(params, {"head": "head", "body": "body"})
+        >>> frozen = Optimizer(parts, {"head": optax.adam(1e-3), "body": FROZEN})
+        >>> optim = Optimizer(parts, {"head": optax.adam(1e-3), "body": optax.adam(1e-4)})
+        >>> opt_state, report = optim.adopt(frozen, frozen.init(params), params)
+        >>> print(report)
+        head: carried over from 'head': count (1 leaf), mu (1 leaf), nu (1 leaf)
+        body: started anew: count (1 leaf), mu (1 leaf), nu (1 leaf)
+
+        Moments follow their parameter's path, wherever the transform has a field of the same name; counts follow if
+        a part comes from a single one; a learning rate is this optimizer's own. A part that is as it was keeps all.
+
+        Args:
+          other: the optimizer that the state is of.
+          other_state: its state; what is carried over is not copied.
+          params: the whole tree.
+
+        Raises:
+          OptimizerError: a state that is not of the other optimizer.
+          PartitionError: params are not of the partition's structure.
+        """
+        other._check_state(other_state)
+        fresh = self.init(params)
+        states, report = adopted(
+            {part: flatten(state) for part, state in fresh.items()},
+            {part: flatten(state) for part, state in other_state.items()},
+            {part: self.parts.paths(part) for part in self.parts.names},
+            {part: other.parts.paths(part) for part in other.parts.names},
+        )
+        opt_state = {part: unflatten(flat, like=fresh[part]) for part, flat in states.items()}
+        split = self.parts.split(params)
+        return {part: placed(state, split[part]) for part, state in opt_state.items()}, report
 
     @property
     def described(self) -> dict[str, str]:

@@ -85,7 +85,7 @@ def initial_state(
         users.add(id(leaf))
         return jnp.array(leaf, copy=True) if shared else leaf
 
-    replicated = _replicated(params)
+    replicated = replicated_over(params)
 
     def commit(leaf: Any) -> Any:
         return leaf if replicated is None or _committed(leaf) else jax.device_put(leaf, replicated)
@@ -105,7 +105,7 @@ def abstract_state(
         lambda params, model_state, key: (params, optim.init(params), model_state, key, loss_scale()),
         params, model_state, key,
     )  # fmt: skip
-    replicated = _replicated(params)
+    replicated = replicated_over(params)
     if replicated is not None:
         laid_out, *rest = jax.tree.map(lambda leaf: _committed(leaf) or replicated, (params, model_state, key))
         shardings = (laid_out, optim.shardings(laid_out), *rest, jax.tree.map(lambda leaf: replicated, shapes[4]))
@@ -124,7 +124,7 @@ class Form:
         flat = {name: jax.tree.flatten(getattr(state, name)) for name in LASTING}
         self.treedefs = {name: treedef for name, (_, treedef) in flat.items()}
         self.shardings = None
-        if _replicated(state.params) is not None:
+        if replicated_over(state.params) is not None:
             self.shardings = {name: [leaf.sharding for leaf in leaves] for name, (leaves, _) in flat.items()}
         self._values = (tuple(self.treedefs.values()), tuple(jax.tree.leaves(self.shardings)))
         self._hash = hash(self._values)
@@ -167,7 +167,7 @@ def _committed(leaf: Any) -> Any:
     return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
 
-def _replicated(params: PyTree) -> jax.NamedSharding | None:
+def replicated_over(params: PyTree) -> jax.NamedSharding | None:
     """The sharding of what all devices hold alike, if params are laid out over several devices."""
     for leaf in jax.tree.leaves(params):
         sharding = getattr(leaf, "sharding", None)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from functrain.adopt import Adoption
 from functrain.gradients import accepted_context, make_gradient
 from functrain.optimizer import Optimizer
 from functrain.paths import PyTree, flatten, listed
@@ -304,6 +305,26 @@ class Update:
             return dataclasses.replace(state, window=None, pending=np.zeros((), np.int32)), {}
         call = Call("flush", (self.schedule.turn(int(state.step)),))
         return self._run(call, state, None, None, batches=0)
+
+    def adopt(self, other: "Update", state: TrainState) -> tuple[TrainState, Adoption]:
+        """A state for this update with what fits of another one's; see `Optimizer.adopt`.
+
+        Args:
+          other: the update that the state is of.
+          state: handed over: the first call of this update deletes what it carried over.
+
+        Raises:
+          UpdateError: a window is pending.
+        """
+        self._check_state(state)
+        self._check_whole(state, "adopt")
+        opt_state, report = self.optim.adopt(other.optim, state.opt_state, state.params)
+        scale = self.steps[0].loss_scale
+        kept = state.loss_scale if scale is None or state.loss_scale is not None else scale.init()
+        new = dataclasses.replace(
+            state, opt_state=opt_state, loss_scale=None if scale is None else kept, configuration=self.configuration
+        )
+        return new, report
 
     # How it is compiled and called.
 

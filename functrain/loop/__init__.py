@@ -1,1 +1,46 @@
-"""The optional training loop, and what it stands on: data, checkpoints, evaluation, logs."""
+"""The optional loop: fit, exact checkpoints, data, evaluation. The host side, with no arithmetic on gradients."""
+
+from functrain.loop.checkpoints import Checkpoints, Restored, SaveError
+from functrain.loop.data import Data, DataError, from_arrays, from_tfds
+from functrain.loop.evaluation import Evaluation, EvaluationError
+from functrain.loop.every import CadenceError, Every
+from functrain.loop.fingerprint import CheckpointError
+from functrain.loop.fit import FitError, Result, fit
+from functrain.loop.hooks import EarlyStopping, Hook
+from functrain.loop.logs import JsonLines, LogError, Logger, TensorBoard, flattened, read_json_lines
+from functrain.loop.metrics import ConfusionMatrix, Metric, OnHost, TopK
+from functrain.loop.run import NonFiniteError, Run
+from functrain.loop.signals import StopSignals
+
+__all__ = [
+    "CadenceError",
+    "CheckpointError",
+    "Checkpoints",
+    "ConfusionMatrix",
+    "Data",
+    "DataError",
+    "EarlyStopping",
+    "Evaluation",
+    "EvaluationError",
+    "Every",
+    "FitError",
+    "Hook",
+    "JsonLines",
+    "LogError",
+    "Logger",
+    "Metric",
+    "NonFiniteError",
+    "OnHost",
+    "Restored",
+    "Result",
+    "Run",
+    "SaveError",
+    "StopSignals",
+    "TensorBoard",
+    "TopK",
+    "fit",
+    "flattened",
+    "from_arrays",
+    "from_tfds",
+    "read_json_lines",
+]

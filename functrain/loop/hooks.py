@@ -1,0 +1,88 @@
+"""What watches a run: hooks, and the one that stops it early."""
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from functrain.loop.run import Run
+
+
+class Hook:
+    """Something that is done in a run; override what you need. `run` has all that there is to know.
+
+    >>> class Printing(Hook):
+    ...     def evaluation_ended(self, run):
+    ...         print(run.step, run.results)
+    """
+
+    def run_started(self, run: "Run") -> None:
+        """Before the first update, after a checkpoint was restored."""
+
+    def update_ended(self, run: "Run") -> None:
+        """After each optimizer step, or each scan; what reads the device here holds it up."""
+
+    def evaluation_ended(self, run: "Run") -> None:
+        """After an evaluation; its results are in `run.results`."""
+
+    def checkpoint_saved(self, run: "Run") -> None:
+        """After a save was started."""
+
+    def run_ended(self, run: "Run", error: BaseException | None) -> None:
+        """At the end, and when an exception ends the run."""
+
+    def state(self) -> Any:
+        """What to save of this hook with each checkpoint: what JSON can hold."""
+        return None
+
+    def load(self, state: Any) -> None:
+        """Takes back what `state` returned."""
+
+
+class EarlyStopping(Hook):
+    """Ends a run when a result has not become better for some evaluations.
+
+    >>> stopping = EarlyStopping("valid/loss", patience=2)
+    >>> [stopping.is_over(loss) for loss in (3.0, 2.0, 2.5, 2.0)]
+    [False, False, False, True]
+
+    Args:
+      result: the name of a result, such as "valid/loss".
+      patience: evaluations in a row without an improvement after which the run ends.
+      mode: "min" if smaller is better, "max" if larger.
+      least: an improvement is larger than this.
+    """
+
+    def __init__(self, result: str, *, patience: int, mode: Literal["min", "max"] = "min", least: float = 0.0) -> None:
+        if patience < 1 or mode not in ("min", "max"):
+            raise ValueError(f"EarlyStopping(patience={patience}, mode={mode!r}): give at least 1, and 'min' or 'max'")
+        self.result, self.patience, self.mode, self.least = result, patience, mode, least
+        self.best, self.without = math.nan, 0
+
+    def is_over(self, value: float) -> bool:
+        """Takes in the result of an evaluation, and says whether the run is over. NaN is no improvement."""
+        gain = self.best - value if self.mode == "min" else value - self.best
+        if gain > self.least or (math.isnan(self.best) and not math.isnan(value)):
+            self.best, self.without = value, 0
+        else:
+            self.without += 1
+        return self.without >= self.patience
+
+    def evaluation_ended(self, run: "Run") -> None:
+        """Stops the run when it is over.
+
+        Raises:
+          ValueError: the evaluations have no result of that name.
+        """
+        if self.result in run.evaluated:
+            if self.is_over(float(run.evaluated[self.result])):
+                run.stop(f"{self.result} has not improved for {self.without} evaluations")
+        elif self.result not in run.results:
+            raise ValueError(f"EarlyStopping({self.result!r}): the results are {sorted(run.results)}; name one of them")
+
+    def state(self) -> Any:
+        """The best result, and the evaluations since."""
+        return {"best": self.best, "without": self.without}
+
+    def load(self, state: Any) -> None:
+        """Goes on from there."""
+        self.best, self.without = state["best"], state["without"]

@@ -1,0 +1,122 @@
+"""The manifest of a checkpoint: a checksum of every file, written when all of them are there."""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_CHUNK = 1 << 22
+
+
+def path_of(step: Path) -> Path:
+    """Where the manifest of a checkpoint is: beside it, so that it outlives the folder."""
+    return step.with_name(f"{step.name}.manifest.json")
+
+
+def publish(step: Path, facts: Mapping[str, Any]) -> None:
+    """Writes the manifest of a committed checkpoint, whole or not at all, with some facts about it."""
+    body = json.dumps({"files": _checksums(step), **facts}, sort_keys=True)
+    write_whole(path_of(step), json.dumps({"body": body, "crc32": zlib.crc32(body.encode())}))
+
+
+def read(step: Path) -> dict[str, Any] | None:
+    """What a manifest says; None if there is none.
+
+    Raises:
+      ValueError: it is damaged itself.
+    """
+    try:
+        written = path_of(step).read_text()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"the manifest cannot be read: {error}") from None
+    try:
+        outer = json.loads(written)
+        body: dict[str, Any] = json.loads(outer["body"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("the manifest is damaged") from None
+    if zlib.crc32(outer["body"].encode()) != outer["crc32"]:
+        raise ValueError("the manifest is damaged")
+    return body
+
+
+def damage(step: Path) -> str | None:
+    """What is wrong with a checkpoint; None if all is as it was written, or if there is no manifest to tell.
+
+    >>> import tempfile
+    >>> step = Path(tempfile.mkdtemp()) / "12"
+    >>> step.mkdir()
+    >>> _ = (step / "weights").write_bytes(b"1234")
+    >>> publish(step, {})
+    >>> damage(step)
+    >>> _ = (step / "weights").write_bytes(b"1235")
+    >>> damage(step)
+    "'weights' is not what was written"
+    """
+    try:
+        manifest = read(step)
+    except ValueError as error:
+        return str(error)
+    if not step.is_dir():
+        return "its folder is missing"
+    if manifest is None:
+        return None if any(step.iterdir()) else "its folder is empty"
+    for name, (size, checksum) in manifest["files"].items():
+        file = step / name
+        if not file.is_file():
+            return f"{name!r} is missing"
+        if file.stat().st_size != size:
+            return f"{name!r} has {file.stat().st_size} bytes, not {size}"
+        if _checksum(file) != checksum:
+            return f"{name!r} is not what was written"
+    return None
+
+
+def set_aside(step: Path) -> Path:
+    """Renames a damaged checkpoint to 'N.corrupt', and its manifest with it; returns what it is called now."""
+    aside, count = step.with_name(f"{step.name}.corrupt"), 1
+    while aside.exists() or path_of(aside).exists():
+        count += 1
+        aside = step.with_name(f"{step.name}.corrupt{count}")
+    if path_of(step).exists():
+        path_of(step).rename(path_of(aside))
+    if step.exists():
+        step.rename(aside)
+    return aside
+
+
+def remove(step: Path) -> None:
+    """Removes a checkpoint; killed at any point, it leaves a whole one or none."""
+    path_of(step).unlink(missing_ok=True)
+    trash = step.with_name(f".removed-{step.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    if step.exists():
+        step.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is either not there or complete."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _checksums(step: Path) -> dict[str, tuple[int, int]]:
+    files = sorted(path for path in step.rglob("*") if path.is_file())
+    return {str(file.relative_to(step)): (file.stat().st_size, _checksum(file)) for file in files}
+
+
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with file.open("rb", buffering=0) as opened:
+        while chunk := opened.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum

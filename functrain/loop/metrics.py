@@ -1,0 +1,119 @@
+"""Results of an evaluation that are more than means."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Metric(Protocol):
+    """What is more than a mean: gathered batch by batch, computed at the end. `names` are the outputs that it takes."""
+
+    names: tuple[str, ...]
+
+    def init(self) -> Any:
+        """What nothing was added to yet."""
+
+    def accumulate(self, acc: Any, outputs: Mapping[str, Any], mask: Any) -> Any:
+        """Adds the outputs of a batch, (batch, ...) each; `mask`, float (batch,), is 0 for padding."""
+
+    def compute(self, acc: Any) -> Any:
+        """The number, or numbers by name, or an array, of all that was added; on the host."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfusionMatrix:
+    """Counts of examples by label (rows) and prediction (columns), int (classes, classes).
+
+    >>> metric = ConfusionMatrix(classes=2)
+    >>> outputs = {"label": jnp.array([0, 1, 1]), "prediction": jnp.array([0, 1, 0])}
+    >>> metric.compute(metric.accumulate(metric.init(), outputs, jnp.ones(3))).tolist()
+    [[1, 0], [1, 1]]
+
+    Attributes:
+      classes: how many there are.
+      label: the output with the labels, int (batch,).
+      prediction: the output with the predicted classes, int (batch,).
+    """
+
+    classes: int
+    label: str = "label"
+    prediction: str = "prediction"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The outputs that it takes."""
+        return self.label, self.prediction
+
+    def init(self) -> Any:
+        """No counts."""
+        return jnp.zeros((self.classes, self.classes), jnp.int32)
+
+    def accumulate(self, acc: Any, outputs: Mapping[str, Any], mask: Any) -> Any:
+        """Counts a batch."""
+        return acc.at[outputs[self.label], outputs[self.prediction]].add((mask > 0).astype(jnp.int32))
+
+    def compute(self, acc: Any) -> Any:
+        """The counts."""
+        return np.asarray(acc)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """The share of examples whose label is among the k highest scores.
+
+    >>> metric = TopK(k=2, scores="logits")
+    >>> outputs = {"label": jnp.array([0, 1]), "logits": jnp.array([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0]])}
+    >>> metric.compute(metric.accumulate(metric.init(), outputs, jnp.ones(2)))
+    0.5
+
+    Attributes:
+      k: how many.
+      scores: the output with the scores, (batch, classes).
+      label: the output with the labels, int (batch,).
+    """
+
+    k: int
+    scores: str = "scores"
+    label: str = "label"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The outputs that it takes."""
+        return self.label, self.scores
+
+    def init(self) -> Any:
+        """No examples."""
+        return jnp.zeros(()), jnp.zeros(())
+
+    def accumulate(self, acc: Any, outputs: Mapping[str, Any], mask: Any) -> Any:
+        """Counts a batch."""
+        _, best = jax.lax.top_k(outputs[self.scores], self.k)
+        hits = jnp.any(best == outputs[self.label][:, None], axis=1)
+        return acc[0] + jnp.sum(mask * hits), acc[1] + jnp.sum(mask)
+
+    def compute(self, acc: Any) -> Any:
+        """Hits by examples."""
+        return float(acc[0] / acc[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class OnHost:
+    """A function of all examples at once, such as scikit-learn's: `OnHost(roc_auc_score, "label", "score")`.
+
+    Its outputs are fetched batch by batch, and padding is left out.
+
+    Attributes:
+      function: called with one NumPy array for each name, (examples, ...).
+      names: the outputs that it takes.
+    """
+
+    function: Callable[..., Any]
+    names: tuple[str, ...]
+
+    def __init__(self, function: Callable[..., Any], *names: str) -> None:
+        object.__setattr__(self, "function", function)
+        object.__setattr__(self, "names", names)

@@ -1,0 +1,52 @@
+"""A checkpoint taken into another partition, or to other optimizers."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from functrain.adopt import Adoption, adopted
+from functrain.loop.fingerprint import CheckpointError, differences, listed_lines, named_leaves
+from functrain.state import TrainState
+
+_PREFIX = "opt_state/"
+
+
+def regrouped(leaves: Mapping[str, Any], facts: Mapping[str, Any], like: TrainState) -> tuple[dict[str, Any], Adoption]:
+    """The leaves of a checkpoint for a state of other parts or optimizers.
+
+    Args:
+      leaves: what was saved, by name.
+      facts: what was saved with it.
+      like: the state before the first step, of arrays: what starts anew is as it is there.
+
+    Raises:
+      CheckpointError: more differs than parts and optimizers, a window is pending, or `like` has no arrays.
+    """
+    if facts["window"] is not None:
+        raise CheckpointError("regroup=True: a window is pending in the checkpoint: save one at the end of a window")
+    if other := [line for line in differences({**facts, "configuration": {}}, like) if not line.startswith(_PREFIX)]:
+        raise CheckpointError(
+            f"regroup=True takes parameters to other parts and optimizers, but more differs:{listed_lines(other)}\nmake"
+            " the parameters what they were, or start from params of your own with update.init"
+        )
+    now = {name: leaf for name, leaf in named_leaves(like).items() if name.startswith(_PREFIX)}
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in now.values()):
+        raise CheckpointError("regroup=True needs the values that new state starts with: like=update.init(params, ...)")
+    new_paths, old_paths = json.loads(like.configuration)["parts"], facts["configuration"]["parts"]
+    before = {name: leaf for name, leaf in leaves.items() if name.startswith(_PREFIX)}
+    states, report = adopted(_by_part(now, new_paths), _by_part(before, old_paths), new_paths, old_paths)
+    kept = {name: leaf for name, leaf in leaves.items() if name not in before}
+    return kept | {
+        f"{_PREFIX}{part}/{name}": leaf for part, flat in states.items() for name, leaf in flat.items()
+    }, report
+
+
+def _by_part(named: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    split: dict[str, dict[str, Any]] = {}
+    for name, leaf in named.items():
+        rest = name.removeprefix(_PREFIX)
+        part = max((part for part in parts if rest.startswith(part + "/")), key=len)
+        split.setdefault(part, {})[rest.removeprefix(part + "/")] = leaf
+    return split

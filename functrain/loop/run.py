@@ -1,0 +1,208 @@
+"""A run while it goes on: where it stands, and what is done between two updates."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from functrain.loop.checkpoints import Checkpoints, SaveError
+from functrain.loop.evaluation import Evaluation
+from functrain.loop.every import Every, Moment
+from functrain.loop.hooks import Hook
+from functrain.loop.logs import Logger, flattened
+from functrain.paths import listed
+from functrain.state import TrainState
+from functrain.update import Update
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a parameter became NaN or infinite."""
+
+
+class Run:
+    """Where a run stands; hooks are given it.
+
+    Attributes:
+      update: the compiled update.
+      state: the state after the last update; the next one consumes it.
+      step: finished optimizer steps.
+      epoch: finished epochs.
+      read: batches read in this epoch.
+      position: a function that returns the position in the data.
+      metrics: the last update's, on the device until something reads them.
+      results: the newest results of each evaluation, by name: "valid/loss".
+      evaluated: the results of the evaluations that ended just now.
+      history: the rows that were logged.
+      stopped: why the run ended before its end; None while it goes on.
+    """
+
+    def __init__(
+        self,
+        update: Update,
+        state: TrainState,
+        *,
+        evaluations: Sequence[Evaluation],
+        checkpoints: Checkpoints | None,
+        loggers: Sequence[Logger],
+        hooks: Sequence[Hook],
+        log: Every,
+    ) -> None:
+        self.update, self.state = update, state
+        self.step, self.epoch, self.read = int(state.step), 0, 0
+        self.metrics: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
+        self.evaluated: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+        self.stopped: str | None = None
+        self.log_every = log
+        self._evaluations, self._checkpoints, self._loggers, self._hooks = evaluations, checkpoints, loggers, hooks
+        self._watching = [hook for hook in hooks if type(hook).update_ended is not Hook.update_ended]
+        self._before = self._looked = Moment(self.step)
+        self._began = time.monotonic()
+        self.position: Callable[[], Any] = lambda: None
+        self._stacked = False
+        self._saved: tuple[int, ...] | None = None
+        self._skips = update.steps[0].skips
+
+    def stop(self, why: str) -> None:
+        """Ends the run after what is under way."""
+        self.stopped = why
+
+    def now(self) -> Moment:
+        """Where the run stands."""
+        return Moment(self.step, self.epoch, time.monotonic() - self._began)
+
+    def reads_from(self, position: Callable[[], Any]) -> None:
+        """Says how to ask for the position in the data."""
+        self.position = position
+
+    def restored(self, state: TrainState, extra: Mapping[str, Any] | None) -> None:
+        """Goes on from a checkpoint; one that was saved without `fit` has nothing but the state."""
+        self.state = state
+        extra = extra or {"epoch": 0, "read": 0, "results": {}, "seconds": 0.0, "hooks": []}
+        self.step, self.epoch, self.read = int(self.state.step), extra["epoch"], extra["read"]
+        self.results = dict(extra["results"])
+        self._began -= extra["seconds"]
+        self._before = self._looked = Moment(self.step, self.epoch, extra["seconds"])
+        for hook, saved in zip(self._hooks, extra["hooks"], strict=False):
+            hook.load(saved)
+        self._saved = self._counters()
+
+    def tell(self, event: str, *details: Any) -> None:
+        """Calls every hook for an event."""
+        for hook in self._hooks:
+            getattr(hook, event)(self, *details)
+
+    def is_logged_at(self, step: int) -> bool:
+        """Whether an update that leads to this step will be logged."""
+        return self.log_every.due(self._before, Moment(step, self.epoch, time.monotonic() - self._began))
+
+    def advanced(
+        self, state: TrainState, metrics: dict[str, Any], *, stacked: bool = False, epoch_ended: bool = False
+    ) -> None:
+        """Takes in an update, or the end of an epoch, and does what is due after it."""
+        self.state, self.metrics, self._stacked = state, metrics or self.metrics, stacked
+        step = int(state.step)
+        if step == self.step and not epoch_ended:
+            return
+        self.step = step
+        if epoch_ended:
+            self.epoch, self.read = self.epoch + 1, 0
+        for hook in self._watching:
+            hook.update_ended(self)
+        before, self._before = self._before, self.now()
+        if metrics and self.log_every.due(before, self._before):
+            self._log_training()
+        due = [evaluation for evaluation in self._evaluations if evaluation.every.due(before, self._before)]
+        if due:
+            self.evaluate(due)
+        if self._checkpoints is not None and self._checkpoints.every.due(before, self._before):
+            self.save()
+
+    def evaluate(self, evaluations: Sequence[Evaluation]) -> None:
+        """Evaluates, logs, asks the hooks, and saves what is best."""
+        self.evaluated = {}
+        for evaluation in evaluations:
+            found = evaluation(self.state.params, self.state.model_state)
+            self.evaluated |= {f"{evaluation.name}/{name}": value for name, value in found.items()}
+        self.results |= self.evaluated
+        self._log({name: value for name, value in self.evaluated.items() if np.ndim(value) == 0})
+        self.tell("evaluation_ended")
+        if self._checkpoints is not None and self._checkpoints.is_best(self.evaluated):
+            self.save()
+
+    def save(self) -> None:
+        """Starts to save, unless this moment is saved already.
+
+        Raises:
+          NonFiniteError: a parameter is not finite, which would be saved as a good step.
+        """
+        if self._checkpoints is None or self._saved == self._counters():
+            return
+        if bad := self._not_finite_parts():
+            raise NonFiniteError(self._told(f"the parameters of part {listed(bad)} are not finite"))
+        extra = {
+            "epoch": self.epoch,
+            "read": self.read,
+            "seconds": self.now().seconds,
+            "results": {name: value for name, value in self.results.items() if np.ndim(value) == 0},
+            "hooks": [hook.state() for hook in self._hooks],
+        }
+        fresh = {name: value for name, value in self.evaluated.items() if np.ndim(value) == 0}
+        try:
+            self._checkpoints.save(self.state, data=self.position(), metrics=fresh, extra=extra)
+        except SaveError as error:
+            warnings.warn(str(error), stacklevel=2)
+            return
+        self._saved = self._counters()
+        self.tell("checkpoint_saved")
+
+    def _log_training(self) -> None:
+        now = self.now()
+        last = jax.tree.map(lambda leaf: leaf[-1], self.metrics) if self._stacked else self.metrics
+        row = flattened({"train": last})
+        losses = {name: value for name, value in row.items() if name.endswith("loss")}
+        if not self._skips and not all(np.isfinite(value) for value in losses.values()):
+            bad = self._not_finite_parts()
+            where = f", nor are the parameters of part {listed(bad)}" if bad else ""
+            raise NonFiniteError(self._told(f"{listed(losses)} is not finite{where}"))
+        elapsed = now.seconds - self._looked.seconds
+        if elapsed > 0:
+            row["train/steps_per_second"] = (now.step - self._looked.step) / elapsed
+        rates = self.update.optim.learning_rates(self.state.opt_state)
+        row |= {f"train/learning_rate/{part}": float(rate) for part, rate in rates.items()}
+        self._looked = now
+        self._log(row)
+
+    def _log(self, row: Mapping[str, Any]) -> None:
+        self.history.append({"step": self.step, "epoch": self.epoch, **row})
+        for logger in self._loggers:
+            logger.log(self.step, {"epoch": self.epoch, **row})
+
+    def _not_finite_parts(self) -> list[str]:
+        split = self.update.optim.parts.split(self.state.params)
+        finite = jax.device_get(_finite({part: split[part] for part in self.update.optim.trained}))
+        return [part for part, is_finite in finite.items() if not is_finite]
+
+    def _told(self, what: str) -> str:
+        last = self._checkpoints.steps()[-1:] if self._checkpoints is not None else []
+        return (
+            f"step {self.step}: {what}; the last sound checkpoint is {last[0] if last else 'none'}; restore it"
+            ' and lower the rate, or leave such updates out: make_update(..., nonfinite="skip")'
+        )
+
+    def _counters(self) -> tuple[int, ...]:
+        return int(self.state.step), int(self.state.batches), int(self.state.pending), self.epoch
+
+
+@jax.jit
+def _finite(split: Any) -> dict[str, Any]:
+    """Whether every number of each part is finite."""
+    return {
+        part: jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in flat.values()]))
+        for part, flat in split.items()
+    }
