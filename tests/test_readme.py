@@ -7,6 +7,7 @@ import equinox as eqx
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
@@ -36,7 +37,50 @@ class LinenModel(linen.Module):
         return linen.Dense(1)(linen.tanh(linen.Dense(4)(x)))
 
 
-def test_every_python_block_runs_in_order(monkeypatch):
+def mlp(weights, x):
+    return jnp.tanh(x @ weights[0]) @ weights[1]
+
+
+def gan():
+    """What the block on phases takes as given."""
+
+    def fakes(params, key):
+        return mlp(params["generator"], jax.random.normal(key, (16, 2)))
+
+    def d_loss(params, real, key):
+        d = params["discriminator"]
+        return mlp(d, fakes(params, key)).mean() - mlp(d, real).mean()
+
+    def g_loss(params, real, key):
+        return -mlp(params["discriminator"], fakes(params, key)).mean()
+
+    shapes = {"discriminator": [(3, 8), (8, 1)], "generator": [(2, 8), (8, 3)]}
+    params = {
+        part: [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(of)] for part, of in shapes.items()
+    }
+    parts = ft.partition(params, {part: part for part in shapes})
+    optim = ft.Optimizer(parts, dict.fromkeys(shapes, optax.adam(1e-4, b1=0.5, b2=0.9)))
+    given = {"d_loss": d_loss, "g_loss": g_loss, "gan_params": params, "gan_optim": optim}
+    return given | {"real": jax.random.normal(jax.random.key(9), (16, 3))}
+
+
+def regression(directory):
+    """What the block on the loop takes as given."""
+    xs = np.random.default_rng(0).normal(size=(96, 2)).astype(np.float32)
+    params = {"w": jnp.zeros(2)}
+    optim = ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.sgd(0.3)})
+
+    def model(params, x):
+        return x @ params["w"]
+
+    def loss_fn(params, batch):
+        return ft.Loss(jnp.mean((model(params, batch["x"]) - batch["y"]) ** 2), weight=len(batch["y"]))
+
+    update = ft.make_update(loss_fn, optim)
+    return {"update": update, "params": params, "model": model, "xs": xs, "ys": xs.sum(1), "directory": directory}
+
+
+def test_every_python_block_runs_in_order(monkeypatch, capsys, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     from custom_loop import Model
 
@@ -54,15 +98,25 @@ def test_every_python_block_runs_in_order(monkeypatch):
         "eqx_model": eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0)),
         "haiku_model": hk.transform(lambda x: hk.nets.MLP([4, 1])(x)),
     }
-    loop, rates, compiled, *models = blocks("python")
+    loop, rates, compiled, phases, audit, fit, *models = blocks("python")
     exec(loop, names)
-    (table,) = blocks("text")
+    table, audited = blocks("text")
     assert f"{names['optim']}\n" == table
     exec(rates, names)
     assert abs(float(names["optim"].learning_rates(names["opt_state"])["conv1"]) - 1e-4) < 1e-10
     names["batches"] = names["batches"][:6]
     exec(compiled, names)
     assert int(names["state"].step) == 3  # Four batches, two that were left over, and four in a scan.
+    names |= gan()
+    exec(phases, names)
+    assert int(names["state"].step) == 9
+    capsys.readouterr()
+    exec(audit, names)
+    shares = re.compile(r"\d+%")  # XLA counts FLOPs differently from one version to the next.
+    assert shares.sub("", capsys.readouterr().out) == shares.sub("", audited)
+    names |= regression(tmp_path)
+    exec(fit, names)
+    assert names["result"].results["valid/loss"] < 0.1
     assert len(models) == 5
     for block in models:
         exec(block, names)
