@@ -1,5 +1,6 @@
 """A learning rate that is state: it can be read, set, and given at a step, without recompiling."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -84,7 +85,8 @@ def with_lr(
         steps = None if state.steps is None else optax.safe_increment(state.steps)
         return scaled, WithLrState(rate, state.setting, steps, inner)
 
-    update.__qualname__ = getattr(factory, "__name__", "with_lr")
+    named = factory.func if isinstance(factory, functools.partial) else factory
+    update.__qualname__ = getattr(named, "__name__", "with_lr")
     return optax.GradientTransformationExtraArgs(init, update)
 
 

@@ -419,3 +419,9 @@ def test_with_lr_is_an_optax_transform_by_itself():
     flat = {"w": jnp.array([3.0, 4.0])}
     updates, _ = tx.update(flat, tx.init(flat), flat, learning_rate=1.0)
     np.testing.assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-6)
+
+
+def test_the_table_of_an_optimizer_names_what_a_partial_is_of():
+    parts = ft.partition({"w": jnp.ones(2)}, {"all": ...})
+    adam = functools.partial(optax.adam, b1=0.5)
+    assert ft.Optimizer(parts, {"all": ft.with_lr(adam, 0.1)}).described == {"all": "adam"}
