@@ -68,7 +68,7 @@ def adopted(
 
     A leaf of a parameter follows its path, where the other state has a field of the same name and shape for it. A
     scalar, such as a count, follows if all parameters of the part come from one old part. A rate is the new
-    optimizer's own. A part of the same leaves and the same state is carried over as it is.
+    optimizer's own. A part of the same leaves and the same state is carried over as it is, but for its rate.
 
     Args:
       new: `{part: {name: leaf}}`, initial states, flat, of the trained parts.
@@ -121,9 +121,11 @@ def _entries(part: str, flat: Flat, paths: Sequence[str]) -> list[_Entry]:
 
 def _match(entry: _Entry, entries: Sequence[_Entry], source: str | None, same: bool) -> _Entry | None:
     """The old leaf that a new one takes over."""
+    if entry.field in _RATES:
+        return None
     if same:
         return next(old for old in entries if (old.part, old.name) == (source, entry.name))
-    if entry.field in _RATES or (entry.path is None and source is None):
+    if entry.path is None and source is None:
         return None
     fits = [
         old for old in entries

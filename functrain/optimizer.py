@@ -231,7 +231,7 @@ class Optimizer:
         body: started anew: count (1 leaf), mu (1 leaf), nu (1 leaf)
 
         Moments follow their parameter's path, wherever the transform has a field of the same name; counts follow if
-        a part comes from a single one; a learning rate is this optimizer's own. A part that is as it was keeps all.
+        a part comes from a single one; a learning rate is this optimizer's own.
 
         Args:
           other: the optimizer that the state is of.

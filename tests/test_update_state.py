@@ -563,3 +563,16 @@ def test_after_must_return_both():
     update = ft.make_update(loss_fn, optimizer_of(linear_params()), after=lambda params, state, step: params)
     with pytest.raises(ft.LossError, match=r"after= must return \(params, model_state\), not dict"):
         update(update.init(linear_params()), batches_of(1)[0])
+
+
+def test_a_deep_copy_of_a_state_has_the_types_of_its_fields_and_buffers_of_its_own():
+    from flax import nnx
+
+    graphdef, params = nnx.split(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
+    optim = ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.adam(0.1)})
+    update = ft.make_update(lambda params, x: jnp.mean(nnx.merge(graphdef, params)(x) ** 2), optim)
+    state = update.init(params)
+    kept = copy.deepcopy(state)
+    update(state, jnp.ones((3, 2)))
+    assert jax.tree.structure(kept) == jax.tree.structure(state)
+    update(kept, jnp.ones((3, 2)))
