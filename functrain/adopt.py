@@ -93,7 +93,8 @@ def adopted(
         for entry in _entries(part, flat, new_paths[part]):
             found = _match(entry, entries, source, same)
             if found is None:
-                states[part][entry.name] = entry.leaf
+                # An initial state may hold the very arrays of the params, or one array twice.
+                states[part][entry.name] = _as(entry.leaf, entry.leaf, copy=True)
                 _count(anew, part, entry.field)
             else:
                 # A count that goes to two parts becomes two arrays, as each will be donated.
@@ -142,7 +143,9 @@ def _match(entry: _Entry, entries: Sequence[_Entry], source: str | None, same: b
 def _as(leaf: Any, like: Any, *, copy: bool) -> Any:
     if not isinstance(leaf, jax.Array):
         return leaf
-    return jnp.array(leaf, like.dtype, copy=copy) if copy or leaf.dtype != like.dtype else leaf
+    if leaf.dtype != like.dtype:
+        return leaf.astype(like.dtype)
+    return jnp.array(leaf, copy=True) if copy else leaf
 
 
 def _spec(flat: Flat) -> dict[str, Any]:

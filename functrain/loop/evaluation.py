@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from functrain.gradients import Loss
 from functrain.loop.every import Every
 from functrain.loop.metrics import OnHost
 from functrain.paths import PyTree, listed
+from functrain.state import replicated_over
 
 
 class EvaluationError(ValueError):
@@ -39,6 +41,8 @@ class Evaluation:
       name: what the results come under in `fit`: "valid/loss".
       metrics: by name, more than means: `ConfusionMatrix`, `TopK`, `OnHost`, or your own `Metric`. The outputs of
         `eval_step` that they take are not averaged.
+      sharding: where batches go, as for `fit`; needed where params lie over several processes, each of which reads its
+        own slice of a batch.
     """
 
     eval_step: Callable[..., Any]
@@ -46,37 +50,47 @@ class Evaluation:
     every: Every = dataclasses.field(default_factory=lambda: Every(epochs=1))
     name: str = "valid"
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sharding: jax.sharding.Sharding | None = None
 
     def __call__(self, params: PyTree, model_state: Any = None) -> dict[str, Any]:
         """Goes through the data once.
 
         Returns:
-          The means by name, floats, and what the metrics compute.
+          The means by name, floats, and what the metrics compute; numbers by name come as "metric/name".
 
         Raises:
-          EvaluationError: a result that is neither a scalar nor has one value for each example, or no data.
+          EvaluationError: a result that is neither a scalar nor has one value for each example, two of one name, no
+            data, or params over several processes without `sharding`.
         """
+        if self.sharding is None and not all(_is_here(leaf) for leaf in jax.tree.leaves(params)):
+            raise EvaluationError(
+                "params lie over several processes, and each would evaluate its own batches alone: say how they make"
+                " one, Evaluation(..., sharding=jax.NamedSharding(mesh, jax.P('data')))"
+            )
         sums, size = None, 0
         on_host: dict[str, list[Any]] = {name: [] for name in self._on_host}
         for given in self.data:
             batch, mask = self._padded(given, size, params, model_state)
             size = size or len(mask)
+            batch, mask = placed((batch, mask), self.sharding)
             if sums is None:
                 sums = self._zeros(params, batch, model_state, mask)
             sums, gathered = self._step(sums, params, batch, model_state, mask)
             for name, arrays in gathered.items():
-                on_host[name].append([np.asarray(array)[mask > 0] for array in arrays])
+                on_host[name].append([_fetched(array)[_fetched(mask) > 0] for array in arrays])
         if sums is None:
             raise EvaluationError("the evaluation data has no batch: give data that can be read more than once")
-        means, accumulated = jax.device_get(sums)
+        means, accumulated = jax.tree.map(_fetched, sums)
         results: dict[str, Any] = {name: float(total / weight) for name, (total, weight) in means.items()}
+        if twice := sorted(results.keys() & self.metrics.keys()):
+            raise EvaluationError(f"eval_step and metrics= both give {listed(twice)}: rename one")
         for name, metric in self.metrics.items():
             if name in on_host:
                 columns = zip(*on_host[name], strict=True)
                 results[name] = metric.function(*(np.concatenate(column) for column in columns))
             else:
                 results[name] = metric.compute(accumulated[name])
-        return results
+        return {name: _plain(value) for name, value in _by_name(results).items()}
 
     @property
     def _on_host(self) -> dict[str, OnHost]:
@@ -89,6 +103,12 @@ class Evaluation:
             means, accs = sums
             accs = {name: self.metrics[name].accumulate(acc, outputs, mask) for name, acc in accs.items()}
             gathered = {name: [outputs[each] for each in metric.names] for name, metric in self._on_host.items()}
+            for name, each in ((name, each) for name, metric in self._on_host.items() for each in metric.names):
+                if jnp.shape(outputs[each])[:1] != mask.shape:
+                    raise EvaluationError(
+                        f"OnHost {name!r} takes {each!r} of shape {jnp.shape(outputs[each])}: return one value, or one"
+                        f" array, for each of the {mask.shape[0]} examples"
+                    )
             return (jax.tree.map(jnp.add, means, new), accs), gathered
 
         return jax.jit(step)
@@ -101,13 +121,21 @@ class Evaluation:
             raise EvaluationError(f"metrics= takes {listed(unknown)}, but eval_step returned {listed(outputs)}")
         return outputs, {name: _sum(name, value, weight, mask) for name, value in outputs.items() if name not in taken}
 
-    def _zeros(self, *inputs: Any) -> tuple[Any, dict[str, Any]]:
-        _, means = jax.eval_shape(self._new, *inputs)
+    def _zeros(self, params: Any, *inputs: Any) -> tuple[Any, dict[str, Any]]:
+        _, means = self._shapes.eval_shape(params, *inputs)
         accs = {name: metric.init() for name, metric in self.metrics.items() if name not in self._on_host}
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), means), accs
+        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), means), accs
+        # Laid out as the step returns them, or the second batch would compile a second program.
+        placed_sums: tuple[Any, dict[str, Any]] = jax.device_put(sums, replicated_over(params))
+        return placed_sums
 
     @functools.cached_property
-    def _outputs(self) -> Callable[..., tuple[dict[str, Any], Any]]:
+    def _shapes(self) -> Any:
+        """Traced once, where `jax.eval_shape` traces anew at each evaluation."""
+        return jax.jit(self._new)
+
+    @functools.cached_property
+    def _outputs(self) -> Any:
         takes_state = "model_state" in inspect.signature(self.eval_step).parameters
 
         def outputs(params: Any, batch: Any, model_state: Any) -> tuple[dict[str, Any], Any]:
@@ -115,12 +143,13 @@ class Evaluation:
             returned = self.eval_step(params, batch, **given)
             if isinstance(returned, Loss):
                 named = returned.value if isinstance(returned.value, Mapping) else {}
-                return {"loss": returned.total, **named, **returned.metrics}, returned.weight
+                metrics = returned.metrics if isinstance(returned.metrics, Mapping) else {"metrics": returned.metrics}
+                return {"loss": returned.total, **named, **_by_name(metrics)}, returned.weight
             if not isinstance(returned, Mapping):
                 raise EvaluationError(f"eval_step returned {type(returned).__name__}: return a dict by name, or a Loss")
-            return dict(returned), None
+            return _by_name(returned), None
 
-        return outputs
+        return jax.jit(outputs)
 
     def _padded(self, batch: Any, size: int, params: Any, model_state: Any) -> tuple[Any, np.ndarray]:
         """A batch and the mask of its real examples; a short one is filled with its last, unless a scalar shows."""
@@ -130,7 +159,7 @@ class Evaluation:
         mask = np.ones(length, np.float32)
         if length >= size:
             return batch, mask
-        outputs, _ = jax.eval_shape(self._outputs, params, batch, model_state)
+        outputs, _ = self._outputs.eval_shape(params, batch, model_state)
         if any(value.ndim == 0 for value in outputs.values()):
             return batch, mask
         padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], size - length, axis=0)]), batch)
@@ -156,3 +185,37 @@ def _length(batch: Any) -> int:
     if not leaves or not np.ndim(leaves[0]):
         raise EvaluationError("a batch of evaluation data has no leading axis of examples: stack them, (batch, ...)")
     return int(np.shape(leaves[0])[0])
+
+
+def placed(tree: Any, sharding: jax.sharding.Sharding | None) -> Any:
+    """A batch where a sharding says; in a run of several processes each gives its own slice."""
+    if sharding is None:
+        return tree
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
+
+
+def _fetched(array: Any) -> np.ndarray:
+    if _is_here(array) or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _is_here(leaf: Any) -> bool:
+    """Whether it lies in this process alone."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+
+def _by_name(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """What is in dicts in dicts, by "a/b"."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        inner = {f"{name}/{key}": each for key, each in _by_name(value).items()} if isinstance(value, Mapping) else {}
+        flat |= inner if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's and JAX's numbers as Python's, which JSON can hold."""
+    return value.item() if isinstance(value, np.generic | np.ndarray | jax.Array) and np.ndim(value) == 0 else value

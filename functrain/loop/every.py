@@ -26,8 +26,11 @@ class Every:
 
     def __post_init__(self) -> None:
         given = [value for value in (self.updates, self.epochs, self.minutes) if value is not None]
-        if len(given) != 1 or not given[0] > 0:
-            raise CadenceError(f"{self}: give one of updates, epochs and minutes, above 0, e.g. ft.Every(updates=100)")
+        is_whole = all(isinstance(value, int) for value in (self.updates, self.epochs) if value is not None)
+        if len(given) != 1 or not is_whole or not given[0] > 0:
+            raise CadenceError(
+                f"{self}: give one of updates and epochs, whole numbers, and minutes, above 0, ft.Every(updates=100)"
+            )
 
     def __repr__(self) -> str:
         given = ((name, getattr(self, name)) for name in ("updates", "epochs", "minutes"))

@@ -112,7 +112,7 @@ def window_form(window: Accumulated | None) -> Any:
     """The containers of a pending window as JSON, with the name of each leaf in its place.
 
     Raises:
-      CheckpointError: metrics in other containers than dicts, lists and tuples.
+      CheckpointError: metrics in other containers than dicts, lists and tuples, or with keys that JSON can't hold.
     """
     fields = _window_fields(window)
     if fields is None:
@@ -124,13 +124,13 @@ def window_form(window: Accumulated | None) -> Any:
 def _form(node: Any) -> Any:
     if isinstance(node, str) or node is None:
         return node
-    if type(node) is dict:
+    if type(node) is dict and all(isinstance(name, str | int | float) for name in node):
         return {"dict": [[name, _form(child)] for name, child in node.items()]}
     if type(node) in (list, tuple):
         return {type(node).__name__: [_form(child) for child in node]}
     raise CheckpointError(
         f"the metrics of a pending window hold a {type(node).__name__}, which no checkpoint can name: return metrics in"
-        " dicts, lists and tuples"
+        " lists, tuples, and dicts with keys that are strings or numbers"
     )
 
 

@@ -6,15 +6,16 @@ import functools
 import itertools
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from functrain.loop.checkpoints import Checkpoints
-from functrain.loop.evaluation import Evaluation
+from functrain.loop.evaluation import Evaluation, placed
 from functrain.loop.every import Every
 from functrain.loop.hooks import EarlyStopping, Hook
 from functrain.loop.logs import JsonLines, Logger, read_json_lines
@@ -93,12 +94,12 @@ def fit(
       evaluation: one, or several with different names.
       checkpoints: where to save, how often, and what to keep. A log in JSON lines is kept beside them.
       loggers: more places for the numbers.
-      log: how often to log, by default every 50 updates; what is not logged is not read from the device.
+      log: how often to log, by default every 100 updates; what is not logged is not read from the device.
       progress: a progress bar; by default where there is a terminal.
       stop: when to stop early.
       hooks: more that is done in a run.
       unroll: turns of the update (windows, and with phases whole cycles) in one dispatch, `update.scan`.
-      sharding: where batches go; by default as `jax.jit` has it.
+      sharding: where batches go, those of evaluations too; by default as `jax.jit` has it.
       load_best_on_end: return the state of the best checkpoint, by its `keep_best`.
       regroup: take a checkpoint of other parts or optimizers; see `Checkpoints.restore`.
 
@@ -113,6 +114,8 @@ def fit(
       SystemExit: 143 or 130 after SIGTERM or SIGINT: the update was finished and saved.
     """
     evaluations = [evaluation] if isinstance(evaluation, Evaluation) else list(evaluation)
+    if sharding is not None:
+        evaluations = [dataclasses.replace(each, sharding=each.sharding or sharding) for each in evaluations]
     _check(epochs, steps, evaluations, checkpoints, unroll, load_best_on_end)
     all_loggers = [*loggers]
     path = None if checkpoints is None else checkpoints.directory / _LOG
@@ -122,7 +125,7 @@ def fit(
         all_loggers.insert(0, JsonLines(path))
     run = Run(
         update, state, evaluations=evaluations, checkpoints=checkpoints, loggers=all_loggers,
-        hooks=[*([stop] if stop else []), *hooks], log=log or Every(updates=50),
+        hooks=[*([stop] if stop else []), *hooks], log=log or Every(updates=100),
     )  # fmt: skip
     error: BaseException | None = None
     with contextlib.ExitStack() as stack:
@@ -135,13 +138,13 @@ def fit(
             stack.push(checkpoints.__exit__)
             position = _restored(run, checkpoints, regroup)
         for logger in all_loggers:
-            logger.resume(run.step if position is not None else -1)
+            logger.resume(run.step or -1)
         if path is not None and position is not None:
-            run.history = _history(path, run.step)
-        bar = stack.enter_context(_progress_bar(run, epochs, steps, data, progress))
+            run.has_logged(_rows_until(run.step, path))
+        show = stack.enter_context(_progress_bar(run, epochs, steps, data, progress))
         try:
             run.tell("run_started")
-            _train(run, signals, data, position, epochs, steps, unroll, sharding, bar)
+            _train(run, signals, data, position, epochs, steps, unroll, sharding, show)
             run.save()
         except BaseException as raised:
             error = raised
@@ -153,7 +156,7 @@ def fit(
         if signals.received is not None:
             raise SystemExit(signals.exit_code)
         if load_best_on_end and checkpoints is not None and (best := checkpoints.best()) is not None:
-            restored = checkpoints.restore(like=run.state, step=best)
+            restored = checkpoints.restore(like=run.state, step=best, regroup=regroup)
             assert restored is not None
             run.state = restored.state
     return Result(run.state, run.history, run.results, run.stopped, run.epoch)
@@ -193,9 +196,8 @@ def _restored(run: Run, checkpoints: Checkpoints, regroup: bool) -> tuple[Any] |
     return (restored.data,)
 
 
-def _history(path: Path, step: int) -> list[dict[str, Any]]:
-    rows = read_json_lines(path) if path.exists() else []
-    return [{name: value for name, value in row.items() if name != "time"} for row in rows if row["step"] <= step]
+def _rows_until(step: int, path: Path) -> list[dict[str, Any]]:
+    return [row for row in read_json_lines(path) if row["step"] <= step] if path.exists() else []
 
 
 def _train(
@@ -207,21 +209,22 @@ def _train(
     steps: int | None,
     unroll: int,
     sharding: jax.sharding.Sharding | None,
-    bar: Any,
+    show: Callable[[], None],
 ) -> None:
-    shown = 0
-    while (epochs is None or run.epoch < epochs) and not _over(run, signals, steps):
+    is_cut_short = position is not None and run.read > 0
+    while (epochs is None or run.epoch < epochs) and (is_cut_short or not _over(run, signals, steps)):
         batches = _batches(data, run, position)
-        position = None
-        for chunk in _chunks(batches, run, steps, unroll):
+        position, is_cut_short = None, False
+        # A run that was killed at its last step may have its epoch's end before it.
+        is_over = _over(run, signals, steps)
+        for chunk in () if is_over else _chunks(batches, run, steps, unroll):
             _advance(run, chunk, sharding)
-            if bar is not None:
-                bar.update(run.step - bar.n)
-                if len(run.history) != shown:
-                    shown = len(run.history)
-                    bar.set_postfix({name: run.history[-1][name] for name in run.history[-1] if name.endswith("/loss")})
-            if _over(run, signals, steps):
-                return
+            show()
+            is_over = _over(run, signals, steps)
+            if is_over:
+                break
+        if is_over and not _ends_here(batches, run, signals):
+            return
         if not run.read:
             raise FitError(
                 f"the data gave no batch in epoch {run.epoch}: an iterator can be read only once, give an iterable that"
@@ -229,6 +232,15 @@ def _train(
             )
         run.reads_from(lambda: None)
         run.advanced(*run.update.flush(run.state), epoch_ended=True)
+        show()
+
+
+def _ends_here(batches: Iterator[Any], run: Run, signals: StopSignals) -> bool:
+    """Whether a run that is over has come to its epoch's end as well, whose evaluation is due then."""
+    if run.stopped is not None or signals.received is not None:
+        return False
+    run.reads_from(functools.partial(_same, run.position()))  # The look ahead reads a batch.
+    return next(batches, None) is None
 
 
 def _over(run: Run, signals: StopSignals, steps: int | None) -> bool:
@@ -304,13 +316,13 @@ def _advance(run: Run, chunk: list[Any], sharding: jax.sharding.Sharding | None)
     """One update, or one scan of many."""
     update, state = run.update, run.state
     if len(chunk) > 1:
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *chunk)
+        stacked = jax.tree.map(_stacked, *chunk)
         if isinstance(sharding, jax.NamedSharding):
             sharding = jax.NamedSharding(sharding.mesh, jax.P(None, *sharding.spec))
-        state, metrics = update.scan(state, _placed(stacked, sharding))
+        state, metrics = update.scan(state, placed(stacked, sharding))
         run.advanced(state, metrics, stacked=True)
         return
-    batch = _placed(chunk[0], sharding)
+    batch = placed(chunk[0], sharding)
     ends = int(state.pending) + 1 == update.accumulate
     if ends and run.is_logged_at(run.step + len(update.schedule.turn(run.step))):
         run.advanced(*update.measured(state, batch))
@@ -318,25 +330,32 @@ def _advance(run: Run, chunk: list[Any], sharding: jax.sharding.Sharding | None)
         run.advanced(*update(state, batch))
 
 
-def _placed(batch: Any, sharding: jax.sharding.Sharding | None) -> Any:
-    if sharding is None:
-        return batch
-    if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
+def _stacked(*leaves: Any) -> Any:
+    return jnp.stack(leaves) if isinstance(leaves[0], jax.Array) else np.stack(leaves)
 
 
 @contextlib.contextmanager
-def _progress_bar(run: Run, epochs: int | None, steps: int | None, data: Any, progress: bool | None) -> Iterator[Any]:
-    """A bar of optimizer steps on the terminal, or None."""
+def _progress_bar(
+    run: Run, epochs: int | None, steps: int | None, data: Any, progress: bool | None
+) -> Iterator[Callable[[], None]]:
+    """A bar of optimizer steps on the terminal, or none; gives the function that brings it up to date."""
     if jax.process_index() or not (sys.stderr.isatty() if progress is None else progress):
-        yield None
+        yield lambda: None
         return
     from tqdm import tqdm
 
-    total = steps
+    total, shown = steps, 0
     if total is None and epochs is not None and hasattr(data, "__len__"):
-        turns = epochs * -(-len(data) // run.update.accumulate)
-        total = sum(map(len, run.update.schedule.turns(0, turns)))
+        batches, k = len(data), run.update.accumulate
+        windows = {"flush": epochs * -(-batches // k), "drop": epochs * (batches // k), "carry": epochs * batches // k}
+        total = sum(map(len, run.update.schedule.turns(0, windows[run.update.remainder])))
     with tqdm(total=total, initial=run.step, unit="step") as bar:
-        yield bar
+
+        def show() -> None:
+            nonlocal shown
+            bar.update(run.step - bar.n)
+            if len(run.history) != shown:
+                shown = len(run.history)
+                bar.set_postfix({name: value for name, value in run.history[-1].items() if name.endswith("/loss")})
+
+        yield show

@@ -56,7 +56,7 @@ class EarlyStopping(Hook):
         if patience < 1 or mode not in ("min", "max"):
             raise ValueError(f"EarlyStopping(patience={patience}, mode={mode!r}): give at least 1, and 'min' or 'max'")
         self.result, self.patience, self.mode, self.least = result, patience, mode, least
-        self.best, self.without = math.nan, 0
+        self.best, self.without, self._is_loaded = math.nan, 0, False
 
     def is_over(self, value: float) -> bool:
         """Takes in the result of an evaluation, and says whether the run is over. NaN is no improvement."""
@@ -67,6 +67,14 @@ class EarlyStopping(Hook):
             self.without += 1
         return self.without >= self.patience
 
+    def run_started(self, run: "Run") -> None:
+        """Forgets an earlier run; ends one that was over already when it was saved."""
+        if not self._is_loaded:
+            self.best, self.without = math.nan, 0
+        elif self.without >= self.patience:
+            self._end(run)
+        self._is_loaded = False
+
     def evaluation_ended(self, run: "Run") -> None:
         """Stops the run when it is over.
 
@@ -75,9 +83,12 @@ class EarlyStopping(Hook):
         """
         if self.result in run.evaluated:
             if self.is_over(float(run.evaluated[self.result])):
-                run.stop(f"{self.result} has not improved for {self.without} evaluations")
+                self._end(run)
         elif self.result not in run.results:
             raise ValueError(f"EarlyStopping({self.result!r}): the results are {sorted(run.results)}; name one of them")
+
+    def _end(self, run: "Run") -> None:
+        run.stop(f"{self.result} has not improved for {self.without} evaluations")
 
     def state(self) -> Any:
         """The best result, and the evaluations since."""
@@ -85,4 +96,4 @@ class EarlyStopping(Hook):
 
     def load(self, state: Any) -> None:
         """Goes on from there."""
-        self.best, self.without = state["best"], state["without"]
+        self.best, self.without, self._is_loaded = state["best"], state["without"], True

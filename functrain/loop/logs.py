@@ -155,6 +155,7 @@ class TensorBoard(_Log):
         super().__init__(directory)
         try:
             self._make_writer = import_module("tensorboardX").SummaryWriter
+            self._summary = import_module("tensorboardX.proto.summary_pb2").Summary
         except ImportError as error:
             raise LogError(f"{self!r}: {error}; write pip install tensorboardX") from error
 
@@ -165,8 +166,9 @@ class TensorBoard(_Log):
         return self._make_writer(str(self._place), purge_step=purge_step, flush_secs=10, filename_suffix=suffix)
 
     def _write(self, step: int, numbers: Mapping[str, float]) -> None:
-        for name, value in numbers.items():
-            self._output.add_scalar(name, value, step)
+        # One event for the row: one for each number costs a turn of tensorboardX's queue each.
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._output.file_writer.add_summary(self._summary(value=values), step)
 
 
 def flattened(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The manifest of a checkpoint: a checksum of every file, written when all of them are there."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,8 +18,15 @@ def path_of(step: Path) -> Path:
 
 
 def publish(step: Path, facts: Mapping[str, Any]) -> None:
-    """Writes the manifest of a committed checkpoint, whole or not at all, with some facts about it."""
-    body = json.dumps({"files": _checksums(step), **facts}, sort_keys=True)
+    """Writes the manifest of a committed checkpoint, whole or not at all, with some facts about it.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+    """
+    files = _checksums(step)
+    if not files:
+        raise FileNotFoundError(f"there is nothing in {step}")
+    body = json.dumps({"files": files, **facts}, sort_keys=True)
     write_whole(path_of(step), json.dumps({"body": body, "crc32": zlib.crc32(body.encode())}))
 
 
@@ -28,20 +36,21 @@ def read(step: Path) -> dict[str, Any] | None:
     Raises:
       ValueError: it is damaged itself.
     """
+    name = path_of(step).name
     try:
-        written = path_of(step).read_text()
+        written = path_of(step).read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ValueError(f"the manifest cannot be read: {error}") from None
+        raise ValueError(f"{name!r} cannot be read: {error}") from None
     try:
         outer = json.loads(written)
-        body: dict[str, Any] = json.loads(outer["body"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError("the manifest is damaged") from None
-    if zlib.crc32(outer["body"].encode()) != outer["crc32"]:
-        raise ValueError("the manifest is damaged")
-    return body
+        if zlib.crc32(outer["body"].encode()) == outer["crc32"]:
+            body: dict[str, Any] = json.loads(outer["body"])
+            return body
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"{name!r} is not what was written")
 
 
 def damage(step: Path) -> str | None:
@@ -67,12 +76,15 @@ def damage(step: Path) -> str | None:
         return None if any(step.iterdir()) else "its folder is empty"
     for name, (size, checksum) in manifest["files"].items():
         file = step / name
-        if not file.is_file():
-            return f"{name!r} is missing"
-        if file.stat().st_size != size:
-            return f"{name!r} has {file.stat().st_size} bytes, not {size}"
-        if _checksum(file) != checksum:
-            return f"{name!r} is not what was written"
+        try:
+            if not file.is_file():
+                return f"{name!r} is missing"
+            if file.stat().st_size != size:
+                return f"{name!r} has {file.stat().st_size} bytes, not {size}"
+            if _checksum(file) != checksum:
+                return f"{name!r} is not what was written"
+        except OSError as error:
+            return f"{name!r} cannot be read: {error}"
     return None
 
 
@@ -82,10 +94,11 @@ def set_aside(step: Path) -> Path:
     while aside.exists() or path_of(aside).exists():
         count += 1
         aside = step.with_name(f"{step.name}.corrupt{count}")
-    if path_of(step).exists():
-        path_of(step).rename(path_of(aside))
+    # The folder first: killed between the two, no damaged folder is left that has no manifest to tell.
     if step.exists():
         step.rename(aside)
+    if path_of(step).exists():
+        path_of(step).rename(path_of(aside))
     return aside
 
 
@@ -99,14 +112,27 @@ def remove(step: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
+def clear(directory: Path) -> None:
+    """Removes what a process that was killed left half written or half removed."""
+    for left in [*directory.glob("*.orbax-checkpoint-tmp*"), *directory.glob(".removed-*")]:
+        shutil.rmtree(left, ignore_errors=True)
+    for left in directory.glob(".*.manifest.json.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that is either not there or complete."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _checksums(step: Path) -> dict[str, tuple[int, int]]:

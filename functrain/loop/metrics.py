@@ -49,16 +49,29 @@ class ConfusionMatrix:
         return self.label, self.prediction
 
     def init(self) -> Any:
-        """No counts."""
-        return jnp.zeros((self.classes, self.classes), jnp.int32)
+        """No counts, and no examples of other classes."""
+        return jnp.zeros((self.classes, self.classes), jnp.int32), jnp.zeros((), jnp.int32)
 
     def accumulate(self, acc: Any, outputs: Mapping[str, Any], mask: Any) -> Any:
         """Counts a batch."""
-        return acc.at[outputs[self.label], outputs[self.prediction]].add((mask > 0).astype(jnp.int32))
+        label, prediction = outputs[self.label], outputs[self.prediction]
+        is_in = (jnp.minimum(label, prediction) >= 0) & (jnp.maximum(label, prediction) < self.classes)
+        ones = (is_in & (mask > 0)).astype(jnp.int32)
+        counts = acc[0].at[label, prediction].add(ones, out_sharding=jax.typeof(acc[0]).sharding)
+        return counts, acc[1] + jnp.sum(~is_in & (mask > 0), dtype=jnp.int32)
 
     def compute(self, acc: Any) -> Any:
-        """The counts."""
-        return np.asarray(acc)
+        """The counts.
+
+        Raises:
+          ValueError: there were other classes, of which JAX's indexing would count -1 as the last.
+        """
+        if acc[1]:
+            raise ValueError(
+                f"ConfusionMatrix(classes={self.classes}): {acc[1]} example(s) have a label or a prediction outside of"
+                f" 0 to {self.classes - 1}; give them the weight 0, or a class of their own"
+            )
+        return np.asarray(acc[0])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,18 +35,21 @@ def regrouped(leaves: Mapping[str, Any], facts: Mapping[str, Any], like: TrainSt
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in now.values()):
         raise CheckpointError("regroup=True needs the values that new state starts with: like=update.init(params, ...)")
     new_paths, old_paths = json.loads(like.configuration)["parts"], facts["configuration"]["parts"]
-    before = {name: leaf for name, leaf in leaves.items() if name.startswith(_PREFIX)}
+    before = {name: leaves[name] for name in facts["leaves"] if name.startswith(_PREFIX)}
     states, report = adopted(_by_part(now, new_paths), _by_part(before, old_paths), new_paths, old_paths)
     kept = {name: leaf for name, leaf in leaves.items() if name not in before}
-    return kept | {
-        f"{_PREFIX}{part}/{name}": leaf for part, flat in states.items() for name, leaf in flat.items()
-    }, report
+    for part, flat in states.items():
+        for rest, leaf in flat.items():
+            name = f"{_PREFIX}{part}/{rest}" if rest else f"{_PREFIX}{part}"
+            # A moment of another part was restored without knowing where its parameter is.
+            kept[name] = jax.device_put(leaf, now[name].sharding) if now[name].committed else leaf
+    return kept, report
 
 
 def _by_part(named: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     split: dict[str, dict[str, Any]] = {}
     for name, leaf in named.items():
         rest = name.removeprefix(_PREFIX)
-        part = max((part for part in parts if rest.startswith(part + "/")), key=len)
-        split.setdefault(part, {})[rest.removeprefix(part + "/")] = leaf
+        part = max((part for part in parts if f"{rest}/".startswith(f"{part}/")), key=len)
+        split.setdefault(part, {})[rest.removeprefix(part).removeprefix("/")] = leaf
     return split

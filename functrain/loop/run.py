@@ -1,5 +1,6 @@
 """A run while it goes on: where it stands, and what is done between two updates."""
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -66,10 +67,11 @@ class Run:
         self.position: Callable[[], Any] = lambda: None
         self._stacked = False
         self._saved: tuple[int, ...] | None = None
+        self._logged: set[tuple[Any, ...]] = set()
         self._skips = update.steps[0].skips
 
     def stop(self, why: str) -> None:
-        """Ends the run after what is under way."""
+        """Ends the run after what is under way; a hook that did so does it again in `run_started`, if it is to last."""
         self.stopped = why
 
     def now(self) -> Moment:
@@ -88,9 +90,20 @@ class Run:
         self.results = dict(extra["results"])
         self._began -= extra["seconds"]
         self._before = self._looked = Moment(self.step, self.epoch, extra["seconds"])
-        for hook, saved in zip(self._hooks, extra["hooks"], strict=False):
-            hook.load(saved)
+        saved = list(extra["hooks"])
+        for hook in self._hooks:
+            # The first of its kind that is left: a hook that is new has none, and takes none from another.
+            mine = next((each for each in saved if each["of"] == _kind(hook)), None)
+            if mine is not None:
+                saved.remove(mine)
+                hook.load(mine["state"])
         self._saved = self._counters()
+
+    def has_logged(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the history of a checkpoint that it goes on from."""
+        self.history = [{name: value for name, value in row.items() if name != "time"} for row in rows]
+        # An epoch's end is no step: of its last step, the log may have what came after the checkpoint.
+        self._logged = {_title(row) for row in self.history if row["step"] == self.step}
 
     def tell(self, event: str, *details: Any) -> None:
         """Calls every hook for an event."""
@@ -109,13 +122,14 @@ class Run:
         step = int(state.step)
         if step == self.step and not epoch_ended:
             return
-        self.step = step
+        has_stepped, self.step, self.evaluated = step != self.step, step, {}
         if epoch_ended:
             self.epoch, self.read = self.epoch + 1, 0
-        for hook in self._watching:
-            hook.update_ended(self)
+        if has_stepped:
+            for hook in self._watching:
+                hook.update_ended(self)
         before, self._before = self._before, self.now()
-        if metrics and self.log_every.due(before, self._before):
+        if self.metrics and self.log_every.due(before, self._before):
             self._log_training()
         due = [evaluation for evaluation in self._evaluations if evaluation.every.due(before, self._before)]
         if due:
@@ -130,6 +144,9 @@ class Run:
             found = evaluation(self.state.params, self.state.model_state)
             self.evaluated |= {f"{evaluation.name}/{name}": value for name, value in found.items()}
         self.results |= self.evaluated
+        best = None if self._checkpoints is None else self._checkpoints.keep_best
+        if best is not None and best not in self.results and all(e in evaluations for e in self._evaluations):
+            raise ValueError(f"keep_best={best!r}: the results are {sorted(self.results)}; name one of them")
         self._log({name: value for name, value in self.evaluated.items() if np.ndim(value) == 0})
         self.tell("evaluation_ended")
         if self._checkpoints is not None and self._checkpoints.is_best(self.evaluated):
@@ -139,18 +156,19 @@ class Run:
         """Starts to save, unless this moment is saved already.
 
         Raises:
-          NonFiniteError: a parameter is not finite, which would be saved as a good step.
+          NonFiniteError: a parameter, or a gradient of a pending window, is not finite, and would be saved as good.
         """
         if self._checkpoints is None or self._saved == self._counters():
             return
         if bad := self._not_finite_parts():
-            raise NonFiniteError(self._told(f"the parameters of part {listed(bad)} are not finite"))
+            what = f"the parameters or the pending gradients of part {listed(bad)} are not finite"
+            raise NonFiniteError(self._told(what))
         extra = {
             "epoch": self.epoch,
             "read": self.read,
             "seconds": self.now().seconds,
             "results": {name: value for name, value in self.results.items() if np.ndim(value) == 0},
-            "hooks": [hook.state() for hook in self._hooks],
+            "hooks": [{"of": _kind(hook), "state": hook.state()} for hook in self._hooks],
         }
         fresh = {name: value for name, value in self.evaluated.items() if np.ndim(value) == 0}
         try:
@@ -165,8 +183,8 @@ class Run:
         now = self.now()
         last = jax.tree.map(lambda leaf: leaf[-1], self.metrics) if self._stacked else self.metrics
         row = flattened({"train": last})
-        losses = {name: value for name, value in row.items() if name.endswith("loss")}
-        if not self._skips and not all(np.isfinite(value) for value in losses.values()):
+        losses = [name for name, value in row.items() if "loss" in name.split("/") and not np.isfinite(value)]
+        if losses and not self._skips:
             bad = self._not_finite_parts()
             where = f", nor are the parameters of part {listed(bad)}" if bad else ""
             raise NonFiniteError(self._told(f"{listed(losses)} is not finite{where}"))
@@ -179,17 +197,29 @@ class Run:
         self._log(row)
 
     def _log(self, row: Mapping[str, Any]) -> None:
-        self.history.append({"step": self.step, "epoch": self.epoch, **row})
+        whole = {"step": self.step, "epoch": self.epoch, **row}
+        if _title(whole) in self._logged:
+            return
+        self.history.append(whole)
         for logger in self._loggers:
             logger.log(self.step, {"epoch": self.epoch, **row})
 
     def _not_finite_parts(self) -> list[str]:
         split = self.update.optim.parts.split(self.state.params)
-        finite = jax.device_get(_finite({part: split[part] for part in self.update.optim.trained}))
+        leaves = {part: [*split[part].values()] for part in self.update.optim.trained}
+        if self.state.window is not None and not self._skips:
+            grads, _ = self.state.window.sums
+            for part, sums in grads.items():
+                leaves[part] += sums.values()
+        finite = jax.device_get(_finite(leaves))
         return [part for part, is_finite in finite.items() if not is_finite]
 
     def _told(self, what: str) -> str:
-        last = self._checkpoints.steps()[-1:] if self._checkpoints is not None else []
+        last = []
+        if self._checkpoints is not None:
+            with contextlib.suppress(SaveError):
+                self._checkpoints.wait()
+            last = self._checkpoints.steps()[-1:]
         return (
             f"step {self.step}: {what}; the last sound checkpoint is {last[0] if last else 'none'}; restore it"
             ' and lower the rate, or leave such updates out: make_update(..., nonfinite="skip")'
@@ -199,10 +229,15 @@ class Run:
         return int(self.state.step), int(self.state.batches), int(self.state.pending), self.epoch
 
 
+def _kind(hook: Hook) -> str:
+    return f"{type(hook).__module__}.{type(hook).__qualname__}"
+
+
+def _title(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["step"], row["epoch"], *sorted(row.keys() - {"time"})
+
+
 @jax.jit
-def _finite(split: Any) -> dict[str, Any]:
+def _finite(leaves: dict[str, list[Any]]) -> dict[str, Any]:
     """Whether every number of each part is finite."""
-    return {
-        part: jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in flat.values()]))
-        for part, flat in split.items()
-    }
+    return {part: jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in each])) for part, each in leaves.items()}
