@@ -151,14 +151,14 @@ class Checkpoints:
         self.open()
         with contextlib.suppress(SaveError):
             self.wait()
-        if self._failure is not None:
-            warnings.warn(f"{self._failure}; saving again now", stacklevel=2)
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         beside = {"data": _encoded("data", data), "metrics": metrics, "extra": _encoded("extra", extra)}
         content = zlib.crc32(json.dumps(beside).encode())
         name = self._agreed(self._name(state, content) if jax.process_index() == 0 else None)
         if name is None:
             return
+        if self._failure is not None:
+            warnings.warn(f"{self._failure}; saving again now", stacklevel=2)
         step = self.directory / name
         named = named_leaves(state)
         facts = {
@@ -261,7 +261,7 @@ class Checkpoints:
         for other in others:
             summary = self._summary(other)
             if (_order(other)[2], summary.get("batches"), summary.get("content")) == (pending, batches, content):
-                return None
+                return None  # One without a manifest has no "content", and is written again.
         # A window that was dropped ends no step; nor does an epoch, after which there are results of the same state.
         last = _order(others[-1]) if others else (step, 0, -1)
         return name if (step, 0, pending) > last else f"{name}~{max(batches, last[1] + 1)}"
@@ -351,8 +351,10 @@ class Checkpoints:
         return set(self.steps()[-self.keep_last :]) | ({best} if best else set())
 
     def _summary(self, step: Path) -> dict[str, Any]:
-        with contextlib.suppress(ValueError):
-            return manifest.read(step) or {}
+        """What the manifest says of a checkpoint, or where a killed process wrote none, what it holds itself."""
+        with contextlib.suppress(ValueError, OSError):
+            found = manifest.read(step)
+            return json.loads((step / "facts" / "metadata").read_bytes()) if found is None else found
         return {}
 
     # Reading.
