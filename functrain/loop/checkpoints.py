@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import fcntl
-import functools
 import importlib.metadata
 import json
 import math
@@ -13,7 +12,7 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -36,14 +35,12 @@ from functrain.loop.fingerprint import (
     spec,
     window_form,
 )
+from functrain.loop.folder import Folder
+from functrain.loop.placement import apart, own, places, target
 from functrain.loop.regroup import regrouped
-from functrain.paths import flatten
-from functrain.state import TrainState, replicated_over
+from functrain.state import TrainState
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/.*")
-_NAME = re.compile(r"(\d+)(?:\+(\d+))?(?:~(\d+))?")
-_COUNTERS = ("step", "batches", "pending")
-_KEYS = ("threefry2x32", "rbg", "unsafe_rbg")
 _VERSIONS = ("functrain", "jax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -69,7 +66,7 @@ class Restored(NamedTuple):
     path: Path
 
 
-class Checkpoints:
+class Checkpoints(Folder):
     """A folder of checkpoints, written by Orbax while training goes on.
 
     >>> import functrain as ft, optax, tempfile
@@ -154,7 +151,7 @@ class Checkpoints:
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         beside = {"data": _encoded("data", data), "metrics": metrics, "extra": _encoded("extra", extra)}
         content = zlib.crc32(json.dumps(beside).encode())
-        name = self._agreed(self._name(state, content) if jax.process_index() == 0 else None)
+        name = self._agreed(self.name(state, content) if jax.process_index() == 0 else None)
         if name is None:
             return
         if self._failure is not None:
@@ -169,7 +166,7 @@ class Checkpoints:
             **beside,
             "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
         }
-        leaves = _apart({name: leaf for name, leaf in named.items() if jnp.size(leaf)})  # Orbax refuses empty ones.
+        leaves = apart({name: leaf for name, leaf in named.items() if jnp.size(leaf)})  # Orbax refuses empty ones.
         summary = {"batches": int(state.batches), "content": content, "metrics": metrics, "time": time.time()}
         import orbax.checkpoint as ocp
 
@@ -253,19 +250,6 @@ class Checkpoints:
             self._lock.close()
         self._thread = self._orbax = self._lock = None
 
-    def _name(self, state: TrainState, content: int) -> str | None:
-        """What to name a checkpoint, so that it is the last of its step; None if it is there already."""
-        step, batches, pending = int(state.step), int(state.batches), int(state.pending)
-        name = f"{step}+{pending}" if pending else f"{step}"
-        others = [other for other in self.steps() if _order(other)[0] == step]
-        for other in others:
-            summary = self._summary(other)
-            if (_order(other)[2], summary.get("batches"), summary.get("content")) == (pending, batches, content):
-                return None  # One without a manifest has no "content", and is written again.
-        # A window that was dropped ends no step; nor does an epoch, after which there are results of the same state.
-        last = _order(others[-1]) if others else (step, 0, -1)
-        return name if (step, 0, pending) > last else f"{name}~{max(batches, last[1] + 1)}"
-
     def _checkpointer(self) -> Any:
         if self._orbax is None:
             import orbax.checkpoint as ocp
@@ -287,7 +271,7 @@ class Checkpoints:
             return
         self._failure = None
         if jax.process_index() == 0:
-            kept = self._kept() | {step}
+            kept = self.kept() | {step}
             for other in self.steps():
                 if other not in kept:
                     try:
@@ -310,52 +294,14 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
         return self._failure
 
-    # Looking.
-
-    def steps(self) -> list[Path]:
-        """The folders of the checkpoints, oldest first."""
-        if not self.directory.is_dir():
-            return []
-        return sorted((path for path in self.directory.iterdir() if _order(path) is not None), key=_order)
-
-    def best(self) -> Path | None:
-        """The folder of the best checkpoint by `keep_best`; None if no checkpoint has a finite value of it."""
-        if self.keep_best is None:
-            return None
-        values = {step: self._summary(step).get("metrics", {}).get(self.keep_best, math.nan) for step in self.steps()}
-        finite = {step: value for step, value in values.items() if math.isfinite(value)}
-        if not finite:
-            return None
-        return (min if self.mode == "min" else max)(finite, key=lambda step: finite[step])
-
     def is_best(self, metrics: Mapping[str, Any]) -> bool:
         """Whether the metrics have a finite value of `keep_best` that is better than that of every checkpoint."""
         if self.keep_best is None:
             return False
         with contextlib.suppress(SaveError):
             self.wait()
-        is_better = jax.process_index() == 0 and self._is_better(metrics)
+        is_better = jax.process_index() == 0 and self.is_better(metrics)
         return self._agreed("it is" if is_better else None) is not None
-
-    def _is_better(self, metrics: Mapping[str, Any]) -> bool:
-        assert self.keep_best is not None
-        value = float(metrics.get(self.keep_best, math.nan))
-        best = self.best()
-        if best is None or not math.isfinite(value):
-            return math.isfinite(value)
-        before = self._summary(best)["metrics"][self.keep_best]
-        return bool(value < before if self.mode == "min" else value > before)
-
-    def _kept(self) -> set[Path]:
-        best = self.best()
-        return set(self.steps()[-self.keep_last :]) | ({best} if best else set())
-
-    def _summary(self, step: Path) -> dict[str, Any]:
-        """What the manifest says of a checkpoint, or where a killed process wrote none, what it holds itself."""
-        with contextlib.suppress(ValueError, OSError):
-            found = manifest.read(step)
-            return json.loads((step / "facts" / "metadata").read_bytes()) if found is None else found
-        return {}
 
     # Reading.
 
@@ -379,7 +325,7 @@ class Checkpoints:
         with contextlib.suppress(SaveError):  # The next save tells.
             self.wait()
         asked = step is not None
-        for path in [self._asked_for(step)] if asked else self._newest_first():
+        for path in [self.asked_for(step)] if asked else self.newest_first():
             problem = self._agreed(manifest.damage(path) if jax.process_index() == 0 else None)
             if problem is None:
                 try:
@@ -397,9 +343,7 @@ class Checkpoints:
                         )
                     return restored
             if asked:
-                raise CheckpointError(
-                    f"the checkpoint {path} is damaged: {problem}; restore another of {self._names()}"
-                )
+                raise CheckpointError(f"the checkpoint {path} is damaged: {problem}; restore another of {self.names()}")
             self._set_aside(path, problem)
         return None
 
@@ -416,38 +360,19 @@ class Checkpoints:
             )
         specs = {**facts["leaves"], **facts["window_leaves"]}
         empty = {name for name in specs if math.prod(shape_dtype(specs[name])[0]) == 0}
-        places = _places(specs, facts["configuration"], like)
-        targets = {name: _target(name, specs[name], places[name]) for name in specs if name not in empty}
+        where = places(specs, facts["configuration"], like)
+        targets = {name: target(name, specs[name], where[name]) for name in specs if name not in empty}
         restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
         args = ocp.args.Composite(state=ocp.args.PyTreeRestore(targets, restore_args=restore_args))
         read = self._checkpointer().restore(path, args=args)["state"]
-        leaves = {name: _own(leaf, places[name]) for name, leaf in read.items()}
+        leaves = {name: own(leaf, where[name]) for name, leaf in read.items()}
         for name in empty:
-            leaves[name] = jax.device_put(jnp.zeros(*shape_dtype(specs[name])), places[name])
+            leaves[name] = jax.device_put(jnp.zeros(*shape_dtype(specs[name])), where[name])
         if differs:
             leaves, report = regrouped(leaves, facts, like)
             print(report)
         state = rebuilt(leaves, like, facts["window"])
         return Restored(state, _decoded(facts["data"]), facts["metrics"], _decoded(facts["extra"]), path)
-
-    def _newest_first(self) -> list[Path]:
-        """Every checkpoint, and those of which only the manifest is left."""
-        suffix = manifest.path_of(Path("N")).name.removeprefix("N")
-        of_manifests = {path.with_name(path.name.removesuffix(suffix)) for path in self.directory.glob(f"*{suffix}")}
-        return sorted({*self.steps(), *(path for path in of_manifests if _order(path))}, key=_order, reverse=True)
-
-    def _asked_for(self, step: int | Path | None) -> Path:
-        if isinstance(step, Path):
-            return step.absolute()
-        found = [path for path in self._newest_first() if path.name.split("~")[0] == str(step)]
-        if not found:
-            raise CheckpointError(
-                f"there is no checkpoint of step {step} in {self.directory}: there are {self._names()}"
-            )
-        return found[0]
-
-    def _names(self) -> str:
-        return ", ".join(path.name for path in self.steps()) or "none"
 
     def _set_aside(self, path: Path, problem: str) -> None:
         is_reader = self._thread is None
@@ -473,75 +398,6 @@ class Checkpoints:
         encoded = (problem or "").encode()[:1000]
         text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
         return bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))).rstrip(b"\0").decode() or None
-
-
-def _order(path: Path) -> Any:
-    """What orders checkpoints in time; None for what is none."""
-    match = _NAME.fullmatch(path.name)
-    if match is None:
-        return None
-    step, pending, batches = (int(number or 0) for number in match.groups())
-    return step, batches, pending
-
-
-def _places(names: Iterable[str], configuration: Mapping[str, Any], like: TrainState) -> dict[str, Any]:
-    """The sharding of each leaf: where the state that is asked for has it; None where JAX may move it, as in there."""
-
-    def asked(leaf: Any) -> Any:
-        return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
-
-    here = {name: asked(leaf) for name, leaf in named_leaves(like).items()}
-    of_params = {path: asked(leaf) for path, leaf in flatten(like.params).items()}
-    for part, paths in configuration.get("parts", {}).items():
-        here |= {f"window/sums/0/{part}/{path}": of_params.get(path) for path in paths}
-    return {name: here.get(name) or replicated_over(like.params) for name in names}
-
-
-def _target(name: str, written: str, place: Any) -> Any:
-    """What Orbax is to restore a leaf as: with its saved shape and dtype."""
-    shape, dtype = shape_dtype(written)
-    if name in _COUNTERS:
-        return np.zeros(shape, dtype)
-    of_dtype = _key_dtypes()[dtype] if dtype.startswith("key<") else dtype
-    somewhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(shape, of_dtype, sharding=place or somewhere)
-
-
-@functools.cache
-def _key_dtypes() -> dict[str, Any]:
-    """The dtypes of random keys by name: 'key<fry>'."""
-    made = [jax.eval_shape(functools.partial(jax.random.key, 0, impl=impl)) for impl in _KEYS]
-    return {str(key.dtype): key.dtype for key in made}
-
-
-def _apart(leaves: dict[str, Any]) -> dict[str, Any]:
-    """The leaves for Orbax to read while training goes on.
-
-    On a CPU Orbax reads JAX's own buffers, which an update can't write into meanwhile: it would take new ones for the
-    whole state, five times as slow as a copy for Orbax. From an accelerator Orbax copies by itself.
-    """
-    arrays = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, jax.Array)}
-    if any(device.platform != "cpu" for leaf in arrays.values() for device in leaf.devices()):
-        return leaves
-    copies: dict[str, Any] = _copied(arrays)
-    return leaves | copies
-
-
-@jax.jit
-def _copied(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: jnp.copy(array) for name, array in arrays.items()}
-
-
-def _own(leaf: Any, place: Any) -> Any:
-    """A leaf in memory that is JAX's own, as the first update overwrites it; on no device for good without a place."""
-    if not isinstance(leaf, jax.Array):
-        return leaf
-    if place is not None:
-        return jnp.array(leaf, copy=True)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = jnp.array(np.asarray(jax.random.key_data(leaf)), copy=True)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    return jnp.array(np.asarray(leaf), copy=True)
 
 
 def _encoded(name: str, value: Any) -> Any:

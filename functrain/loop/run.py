@@ -87,7 +87,7 @@ class Run:
         self.state = state
         extra = extra or {"epoch": 0, "read": 0, "results": {}, "seconds": 0.0, "hooks": []}
         self.step, self.epoch, self.read = int(self.state.step), extra["epoch"], extra["read"]
-        self.results = dict(extra["results"])
+        self.results, self.metrics = dict(extra["results"]), dict(extra.get("metrics", {}))
         self._began -= extra["seconds"]
         self._before = self._looked = Moment(self.step, self.epoch, extra["seconds"])
         saved = list(extra["hooks"])
@@ -118,7 +118,9 @@ class Run:
         self, state: TrainState, metrics: dict[str, Any], *, stacked: bool = False, epoch_ended: bool = False
     ) -> None:
         """Takes in an update, or the end of an epoch, and does what is due after it."""
-        self.state, self.metrics, self._stacked = state, metrics or self.metrics, stacked
+        self.state = state
+        if metrics:
+            self.metrics, self._stacked = metrics, stacked
         step = int(state.step)
         if step == self.step and not epoch_ended:
             return
@@ -168,6 +170,8 @@ class Run:
             "read": self.read,
             "seconds": self.now().seconds,
             "results": {name: value for name, value in self.results.items() if np.ndim(value) == 0},
+            # Without an update after it, an epoch's end logs those of the update before it.
+            "metrics": flattened(self._last_metrics()) if self.log_every.epochs is not None else {},
             "hooks": [{"of": _kind(hook), "state": hook.state()} for hook in self._hooks],
         }
         fresh = {name: value for name, value in self.evaluated.items() if np.ndim(value) == 0}
@@ -181,8 +185,7 @@ class Run:
 
     def _log_training(self) -> None:
         now = self.now()
-        last = jax.tree.map(lambda leaf: leaf[-1], self.metrics) if self._stacked else self.metrics
-        row = flattened({"train": last})
+        row = flattened({"train": self._last_metrics()})
         losses = [name for name, value in row.items() if "loss" in name.split("/") and not np.isfinite(value)]
         if losses and not self._skips:
             bad = self._not_finite_parts()
@@ -203,6 +206,10 @@ class Run:
         self.history.append(whole)
         for logger in self._loggers:
             logger.log(self.step, {"epoch": self.epoch, **row})
+
+    def _last_metrics(self) -> dict[str, Any]:
+        last: dict[str, Any] = jax.tree.map(lambda leaf: leaf[-1], self.metrics) if self._stacked else self.metrics
+        return last
 
     def _not_finite_parts(self) -> list[str]:
         split = self.update.optim.parts.split(self.state.params)

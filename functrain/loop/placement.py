@@ -1,0 +1,76 @@
+"""Where the leaves of a checkpoint go: from the devices to Orbax while training goes on, and back to the devices."""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from functrain.loop.fingerprint import named_leaves, shape_dtype
+from functrain.paths import flatten
+from functrain.state import TrainState, replicated_over
+
+_COUNTERS = ("step", "batches", "pending")
+_KEYS = ("threefry2x32", "rbg", "unsafe_rbg")
+
+
+def places(names: Iterable[str], configuration: Mapping[str, Any], like: TrainState) -> dict[str, Any]:
+    """The sharding of each leaf: where the state that is asked for has it; None where JAX may move it, as in there."""
+
+    def asked(leaf: Any) -> Any:
+        return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
+
+    here = {name: asked(leaf) for name, leaf in named_leaves(like).items()}
+    of_params = {path: asked(leaf) for path, leaf in flatten(like.params).items()}
+    for part, paths in configuration.get("parts", {}).items():
+        here |= {f"window/sums/0/{part}/{path}": of_params.get(path) for path in paths}
+    return {name: here.get(name) or replicated_over(like.params) for name in names}
+
+
+def target(name: str, written: str, place: Any) -> Any:
+    """What Orbax is to restore a leaf as: with its saved shape and dtype."""
+    shape, dtype = shape_dtype(written)
+    if name in _COUNTERS:
+        return np.zeros(shape, dtype)
+    of_dtype = _key_dtypes()[dtype] if dtype.startswith("key<") else dtype
+    somewhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(shape, of_dtype, sharding=place or somewhere)
+
+
+@functools.cache
+def _key_dtypes() -> dict[str, Any]:
+    """The dtypes of random keys by name: 'key<fry>'."""
+    made = [jax.eval_shape(functools.partial(jax.random.key, 0, impl=impl)) for impl in _KEYS]
+    return {str(key.dtype): key.dtype for key in made}
+
+
+def apart(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The leaves for Orbax to read while training goes on.
+
+    On a CPU Orbax reads JAX's own buffers, which an update can't write into meanwhile: it would take new ones for the
+    whole state, five times as slow as a copy for Orbax. From an accelerator Orbax copies by itself.
+    """
+    arrays = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, jax.Array)}
+    if any(device.platform != "cpu" for leaf in arrays.values() for device in leaf.devices()):
+        return leaves
+    copies: dict[str, Any] = _copied(arrays)
+    return leaves | copies
+
+
+@jax.jit
+def _copied(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.copy(array) for name, array in arrays.items()}
+
+
+def own(leaf: Any, place: Any) -> Any:
+    """A leaf in memory that is JAX's own, as the first update overwrites it; on no device for good without a place."""
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    if place is not None:
+        return jnp.array(leaf, copy=True)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = jnp.array(np.asarray(jax.random.key_data(leaf)), copy=True)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    return jnp.array(np.asarray(leaf), copy=True)
