@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test soak bench clean
 
 demo: .venv/.examples
 	$(BIN)/python examples/custom_loop.py
@@ -13,9 +13,15 @@ test: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2 --dist worksteal
 
+soak: .venv/.dev
+	RESUME_KILLS=200 $(BIN)/pytest -q -n 2 tests/test_resume.py -k killed_at_random
+
 bench: .venv/.bench
 	$(BIN)/python benchmarks/partition.py
 	$(BIN)/python benchmarks/update.py
+	$(BIN)/python benchmarks/losses.py
+	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/checkpoint.py
 
 # One stamp an extra: made anew when pyproject.toml is newer than what is installed.
 .venv/.%: pyproject.toml | .venv/bin/python
