@@ -887,3 +887,16 @@ def test_an_epoch_without_a_batch_is_told(data, epoch):
     )
     with pytest.raises(FitError, match=re.escape(problem)):
         ft.fit(update, update.init(start()), data, epochs=2)
+
+
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_the_batches_of_an_epoch_may_be_a_list(unroll):
+    class Listed:
+        def epoch(self, number):
+            return [jnp.float32(number), jnp.float32(1), jnp.float32(2), jnp.float32(3)]
+
+    params = {"w": jnp.zeros(())}
+    optim = ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.sgd(1.0)})
+    update = ft.make_update(lambda params, batch: params["w"] * batch, optim)
+    result = ft.fit(update, update.init(params), Listed(), epochs=2, steps=8, unroll=unroll)
+    assert (int(result.state.step), result.epochs, float(result.state.params["w"])) == (8, 2, -13.0)

@@ -251,7 +251,7 @@ def _over(run: Run, signals: StopSignals, steps: int | None) -> bool:
 
 def _batches(data: Any, run: Run, position: tuple[Any] | None) -> Iterator[Any]:
     """The batches of the epoch, from where the run stands in it."""
-    batches = data.epoch(run.epoch) if callable(getattr(data, "epoch", None)) else iter(data)
+    batches = iter(data.epoch(run.epoch) if callable(getattr(data, "epoch", None)) else data)
     is_resumable = hasattr(batches, "get_state") and hasattr(batches, "set_state")
     if position is not None and run.read:
         if is_resumable:
@@ -309,7 +309,7 @@ def _same(value: Any) -> Any:
 
 def _form(batch: Any) -> Any:
     leaves, treedef = jax.tree.flatten(batch)
-    return treedef, tuple((np.shape(leaf), np.result_type(leaf)) for leaf in leaves)
+    return treedef, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
 
 
 def _advance(run: Run, chunk: list[Any], sharding: jax.sharding.Sharding | None) -> None:
