@@ -184,7 +184,7 @@ def routes() -> None:
 
 def audits() -> None:
     seconds: dict[bool, list[float]] = {True: [], False: []}
-    for audit in (True, False, False, True) * 5:
+    for audit in (True, False, False, True) * 3:
         model = MODELS[TINY]()  # All is made anew, so that nothing that was traced before is found again.
         update = ft.make_update(model.loss, optimizer(model), audit=audit)
         lower = functools.partial(update.lower, update.init(model.params), model.batch)

@@ -104,7 +104,20 @@ class Ended(ft.Hook):
 
 
 class Told:
-    """Batches that tell when they are read; can be resumed where they can."""
+    """Data that tells when a batch is read."""
+
+    def __init__(self, event, data):
+        self.event, self.data = event, data
+
+    def __iter__(self):
+        return ToldBatches(self.event, iter(self.data))
+
+    def epoch(self, number):
+        return ToldBatches(self.event, self.data.epoch(number))
+
+
+class ToldBatches:
+    """The batches of it; can be resumed where they can."""
 
     def __init__(self, event, batches):
         self.event, self.batches = event, batches
@@ -112,19 +125,12 @@ class Told:
             self.get_state, self.set_state = batches.get_state, batches.set_state
 
     def __iter__(self):
-        for batch in self.batches:
-            sys.audit(self.event)
-            yield batch
+        return self
 
-
-class ToldData:
-    """Data whose batches tell when they are read."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def epoch(self, number):
-        return Told("run.reading", self.data.epoch(number))
+    def __next__(self):
+        batch = next(self.batches)
+        sys.audit(self.event)
+        return batch
 
 
 def digest(state):
@@ -163,7 +169,7 @@ def outputs(params, batch, keep=1.0):
 
 
 def batches(size, **options):
-    return ToldData(ft.from_arrays(arrays(), size, **options))
+    return Told("run.reading", ft.from_arrays(arrays(), size, **options))
 
 
 def loss_fn(params, batch, key, model_state):
@@ -241,7 +247,7 @@ def phases(directory, alternation, **options):
     params = initial()
     update = ft.make_update(alternation, optimizer(params))
     return ft.fit(
-        update, begun(update, params), batches(2, seed=5), epochs=3, log=ft.Every(epochs=1),
+        update, begun(update, params), batches(2, seed=5), steps=42, log=ft.Every(epochs=1),
         checkpoints=ft.Checkpoints(directory, every=ft.Every(updates=3)), **options,
     )  # fmt: skip
 

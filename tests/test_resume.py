@@ -39,7 +39,7 @@ LOG_IS_CUT = r"os.rename \S+/log\.jsonl\.tmp"
 
 
 def started(directory, scenario, *, cache, number=signal.SIGKILL, at=None, **options):
-    """A process that trains, after it has begun to."""
+    """A process that trains, and sends itself a signal at a point, if it is told to."""
     options |= {"send": int(number), "at": at} if at is not None else {}
     flags = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, RUN, directory, scenario, f"--cache={cache}", *flags]
@@ -151,8 +151,11 @@ def test_the_best_state_is_kept_by_a_run_killed_before_its_manifest_was_written(
 
 
 def test_a_finished_run_started_again_changes_nothing(run, uninterrupted, tmp_path):
+    expected = uninterrupted("windows")
+    assert expected["stopped"] == "valid/loss has not improved for 4 evaluations"
+    assert expected["best"] != expected["last"]
     for _ in range(2):
-        assert ended(tmp_path, run(tmp_path, "windows")) == uninterrupted("windows")
+        assert ended(tmp_path, run(tmp_path, "windows")) == expected
 
 
 @pytest.mark.parametrize("scenario", ["alternate", "phase"])
@@ -195,10 +198,19 @@ def test_a_signal_ends_a_run_which_then_goes_on_to_the_same_bits(run, uninterrup
     assert ended(tmp_path, run(tmp_path, "windows")) == uninterrupted("windows")
 
 
+def restored(directory, loss_fn, accumulate):
+    """The newest checkpoint of a run."""
+    params = resume_run.initial()
+    update = ft.make_update(loss_fn, resume_run.optimizer(params), accumulate=accumulate)
+    return ft.Checkpoints(directory).restore(like=resume_run.begun(update, params))
+
+
 def test_a_stopped_run_has_saved_the_batch_that_was_under_way(run, tmp_path):
-    output, _, _ = run(tmp_path, "windows", number=signal.SIGTERM, at=READING, nth=5)
-    assert "ended after batch 5\n" in output
-    assert (tmp_path / "1+2.manifest.json").exists()
+    output, _, _ = run(tmp_path, "windows", number=signal.SIGTERM, at=READING, nth=14)
+    assert "ended after batch 14\n" in output
+    saved = restored(tmp_path, resume_run.loss_fn, accumulate=3)
+    assert [int(saved.state.batches), int(saved.state.step), int(saved.state.pending)] == [14, 5, 1]
+    assert not saved.metrics  # Those of step 4 are of other parameters.
 
 
 def test_a_run_stopped_at_the_last_batch_of_an_epoch_ends_the_epoch_when_it_goes_on(run, uninterrupted, tmp_path):
@@ -263,11 +275,9 @@ def test_a_loss_that_is_nan_ends_a_run_that_has_saved_nothing_of_it(run, tmp_pat
             ' such updates out: make_update(..., nonfinite="skip")'
         )
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["3", "4"]
-    params = resume_run.initial()
-    update = ft.make_update(resume_run.nan_loss_fn, resume_run.optimizer(params), accumulate=2)
-    restored = ft.Checkpoints(tmp_path).restore(like=resume_run.begun(update, params))
-    assert int(restored.state.step) == 4
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((restored.state.params, restored.state.opt_state)))
+    state = restored(tmp_path, resume_run.nan_loss_fn, accumulate=2).state
+    assert int(state.step) == 4
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, state.opt_state)))
 
 
 def test_a_window_with_nan_in_it_is_not_saved(run, tmp_path):
