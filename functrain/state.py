@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,10 +52,9 @@ class TrainState:
     def __getattr__(self, name: str) -> Any:
         # Between two updates nobody looks at most fields, and flattening and unflattening them would cost more than
         # many a step: an update hands on their leaves, and a field is put together when it is first asked for.
-        leaves = self.__dict__.get("_leaves", {})
-        if name not in leaves:
+        if name not in LASTING or "_leaves" not in self.__dict__:
             raise AttributeError(f"TrainState has no attribute {name!r}")
-        value = self.__dict__["_form"].unflatten(name, leaves[name])
+        value = self.__dict__["_form"].field(name, self.__dict__["_leaves"])
         object.__setattr__(self, name, value)
         return value
 
@@ -124,21 +124,38 @@ def abstract_state(
     return TrainState(params, opt_state, model_state, key, counter, counter, counter, None, scale, configuration)
 
 
+def lasting(state: TrainState) -> list[Any]:
+    """The lasting fields of a state, in order."""
+    return [getattr(state, name) for name in LASTING]
+
+
 class Form:
-    """The tree types and shardings of the lasting fields of a state; hashed once, as every call looks at it."""
+    """The tree types and shardings of the lasting fields of a state; hashed once, as every call looks at it.
+
+    Attributes:
+      leaves: how many leaves the lasting fields have together.
+      shardings: of those leaves, where params are laid out over several devices; else None.
+    """
 
     def __init__(self, state: TrainState):
-        flat = {name: jax.tree.flatten(getattr(state, name)) for name in LASTING}
-        self.treedefs = {name: treedef for name, (_, treedef) in flat.items()}
-        self.shardings = None
+        leaves, treedefs = zip(*map(jax.tree.flatten, lasting(state)), strict=True)
+        ends = [*itertools.accumulate(map(len, leaves))]
+        self._fields = dict(zip(LASTING, zip([0, *ends], ends, treedefs, strict=False), strict=True))
+        self.leaves = ends[-1]
+        self.shardings: list[Any] | None = None
         if replicated_over(state.params) is not None:
-            self.shardings = {name: [leaf.sharding for leaf in leaves] for name, (leaves, _) in flat.items()}
-        self._values = (tuple(self.treedefs.values()), tuple(jax.tree.leaves(self.shardings)))
+            self.shardings = [leaf.sharding for leaf in itertools.chain(*leaves)]
+        self._values = (treedefs, tuple(self.shardings or ()))
         self._hash = hash(self._values)
 
-    def unflatten(self, name: str, leaves: list[Any]) -> Any:
-        """A lasting field, or a tree like it, from its leaves."""
-        return jax.tree.unflatten(self.treedefs[name], leaves)
+    def field(self, name: str, leaves: Sequence[Any]) -> Any:
+        """A lasting field, or a tree like it, from the leaves of all."""
+        begin, end, treedef = self._fields[name]
+        return jax.tree.unflatten(treedef, leaves[begin:end])
+
+    def fields(self, leaves: Sequence[Any]) -> dict[str, Any]:
+        """All lasting fields, or trees like them."""
+        return {name: self.field(name, leaves) for name in LASTING}
 
     def __hash__(self) -> int:
         return self._hash
@@ -147,15 +164,15 @@ class Form:
         return self is other or (isinstance(other, Form) and self._values == other._values)
 
 
-def taken_apart(state: TrainState) -> tuple[Form, dict[str, list[Any]]]:
+def taken_apart(state: TrainState) -> tuple[Form, list[Any]]:
     """The form of a state and the leaves of its lasting fields; found once and kept with the state."""
     if "_form" not in state.__dict__:
         object.__setattr__(state, "_form", Form(state))
-        object.__setattr__(state, "_leaves", {name: jax.tree.leaves(getattr(state, name)) for name in LASTING})
+        object.__setattr__(state, "_leaves", jax.tree.leaves(lasting(state)))
     return state.__dict__["_form"], state.__dict__["_leaves"]
 
 
-def put_together(form: Form, leaves: dict[str, list[Any]], **others: Any) -> TrainState:
+def put_together(form: Form, leaves: list[Any], **others: Any) -> TrainState:
     """A state whose lasting fields are unflattened when they are first looked at, if ever."""
     state = object.__new__(TrainState)
     state.__dict__.update(others, _form=form, _leaves=leaves)

@@ -16,15 +16,14 @@ from functrain.optimizer import Optimizer
 from functrain.paths import PyTree, flatten, listed
 from functrain.phases import Alternation, Phase, PhaseError, period
 from functrain.precision import DynamicScale, caster
-from functrain.programs import FIELDS, Call, compiled
+from functrain.programs import Call, Program
 from functrain.routes import Route, Weight
 from functrain.state import (
-    LASTING,
+    Form,
     TrainState,
     UpdateError,
     abstract_state,
     initial_state,
-    put_together,
     taken_apart,
 )
 from functrain.step import After, Metrics, Step
@@ -150,7 +149,7 @@ class Update:
     steps: tuple[Step, ...]
     required: set[str]
     remainder: str
-    _programs: dict[Any, Callable[..., Any]] = dataclasses.field(default_factory=dict, init=False)
+    _programs: dict[tuple[Call, Form], Program] = dataclasses.field(default_factory=dict, init=False)
 
     @property
     def optim(self) -> Optimizer:
@@ -290,7 +289,8 @@ class Update:
     def lower(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> Any:
         """The program that a call with these arguments would run, as `jax.jit(...).lower` gives it; nothing is run."""
         call = self._call_of(state)
-        return self._program(call, state).lower(*self._arguments(call, state), batch, lr)
+        program = self._program(call, state)
+        return program.jitted.lower(*program.arguments(state), batch, lr)
 
     def flush(self, state: TrainState) -> tuple[TrainState, Metrics]:
         """Ends a window that was cut short, as at the end of an epoch, in the way that `remainder` says.
@@ -368,40 +368,35 @@ class Update:
     def _run(
         self, call: Call, state: TrainState, batch: Any, lr: Any, *, batches: int = 1, steps: int | None = None
     ) -> tuple[TrainState, Metrics]:
-        sums = call.kind in ("first", "middle")
         self._check_rates(lr)
-        if sums:
+        if call.sums:
             lr, call, steps = None, call._replace(measured=False), 0
-        if steps is None:
+        elif steps is None:
             steps = len(call.turns[0])
-        consumed, read = self._arguments(call, state)
-        # One leaf tells: all that a call consumes is deleted together.
-        if any(leaves and leaves[0].is_deleted() for leaves in consumed.values() if isinstance(leaves, list)):
+        try:
+            return self._program(call, state)(
+                state, batch, lr,
+                step=np.array(state.step + steps, np.int32),
+                batches=np.array(state.batches + batches, np.int32),
+                pending=np.array(state.pending + 1 if call.sums else 0, np.int32),
+            )  # fmt: skip
+        except (RuntimeError, ValueError) as error:
+            # A deleted argument is found by XLA for nothing; looking for one before each call is not.
+            if not _is_consumed(state) or isinstance(error, UpdateError):
+                raise
             raise UpdateError(
                 "this state was consumed by an earlier call, and with it every shallow copy: go on from the state that"
                 " the call returned, state, metrics = update(state, batch), or copy.deepcopy(state) before it"
-            )
-        returned, metrics = self._program(call, state)(consumed, read, batch, lr)
-        form, leaves = taken_apart(state)
-        new = put_together(
-            form,
-            {name: returned.get(name, leaves[name]) for name in LASTING},
-            key=state.key,
-            step=np.array(state.step + steps, np.int32),
-            batches=np.array(state.batches + batches, np.int32),
-            pending=np.array(state.pending + 1 if sums else 0, np.int32),
-            window=returned.get("window"),
-            configuration=state.configuration,
-        )
-        return new, metrics
+            ) from error
 
-    def _arguments(self, call: Call, state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-        fields, values = FIELDS[call.kind], {**state.__dict__, **taken_apart(state)[1]}
-        return {name: values[name] for name in fields.consumes}, {name: values[name] for name in fields.reads}
-
-    def _program(self, call: Call, state: TrainState) -> Any:
+    def _program(self, call: Call, state: TrainState) -> Program:
         form, _ = taken_apart(state)
         program = self._programs.get((call, form))
         if program is None:
-            program = self._programs[call, form] = compiled(self.steps, call, form)
+            program = self._programs[call, form] = Program(self.steps, call, form)
         return program
+
+
+def _is_consumed(state: TrainState) -> bool:
+    leaves = jax.tree.leaves((taken_apart(state)[1], state.window))
+    return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)

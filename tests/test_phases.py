@@ -413,6 +413,33 @@ def test_routes_and_weights_belong_to_a_phase():
         ft.make_update(schedule, optim, route={"discriminator": "a"})
 
 
+def test_a_phase_consumes_its_own_networks_and_leaves_the_others_where_they_are():
+    update, start = started(gan(d_repeat=1))
+    own, other = ((start.params[part], start.opt_state[part]) for part in ("discriminator", "generator"))
+    state, _ = update(start, batches_of(1)[0])
+    # The rate last used is written and never read: no program is given it.
+    kept = [path for path, leaf in ft.flatten(own).items() if not leaf.is_deleted()]
+    assert [path.rpartition("/")[2] for path in kept] == ["learning_rate"]
+    now = state.params["generator"], state.opt_state["generator"]
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (other, now)), strict=True))
+
+
+def test_a_phase_whose_after_may_change_every_parameter_consumes_them_all():
+    def after(params, model_state, step):
+        return jax.tree.map(lambda leaf: leaf * 0.5, params), model_state
+
+    schedule = ft.alternate(
+        ft.Phase("D", d_loss, parts="discriminator", after=after), ft.Phase("G", g_loss, parts="generator")
+    )
+    update, start = started(schedule)
+    before = jax.tree.map(jnp.copy, start.params["generator"])
+    state, _ = update(start, batches_of(1)[0])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start.params))
+    for new, old in zip(state.params["generator"], before, strict=True):
+        np.testing.assert_array_equal(new, old * 0.5)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(start.opt_state["generator"]))
+
+
 def test_phases_keep_the_layout_of_their_parameters():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     params = gan_params()
@@ -427,7 +454,7 @@ def test_phases_keep_the_layout_of_their_parameters():
     state, _ = run(update, state, batches_of(16))
     assert jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.opt_state)) == before
     assert len(update._programs) == 4
-    assert all(program._cache_size() == 1 for program in update._programs.values())
+    assert all(program.jitted._cache_size() == 1 for program in update._programs.values())
 
 
 def test_a_skipped_phase_is_counted_and_leaves_everything():

@@ -59,6 +59,18 @@ def test_the_middle_of_a_window_consumes_the_window_and_leaves_the_params():
     assert last.window is None
 
 
+def test_what_is_frozen_stays_where_it_is():
+    params = linear_params()
+    name, *others = params
+    parts = ft.partition(params, {"frozen": name, "rest": ...})
+    update = ft.make_update(loss_fn, ft.Optimizer(parts, {"frozen": ft.FROZEN, "rest": optax.adam(0.1)}))
+    state = update.init(params)
+    new, _ = update(state, batches_of(1)[0])
+    assert others
+    assert all(a is b for a, b in zip(*(jax.tree.leaves(s.params[name]) for s in (state, new)), strict=True))
+    assert all(leaf.is_deleted() for other in others for leaf in jax.tree.leaves(state.params[other]))
+
+
 def test_params_that_are_handed_over_are_consumed():
     params = linear_params()
     update = ft.make_update(loss_fn, optimizer_of(params))
@@ -122,10 +134,10 @@ def test_nothing_recompiles_after_the_first_window(mesh, sharded, accumulate, pr
             state, _ = update(state, batch)
             if i == accumulate - 1:
                 after_first = len(traces)
-                sizes = [program._cache_size() for program in update._programs.values()]
+                sizes = [program.jitted._cache_size() for program in update._programs.values()]
     assert after_first == programs == len(update._programs)
     assert len(traces) == after_first
-    assert [program._cache_size() for program in update._programs.values()] == sizes == [1] * programs
+    assert [program.jitted._cache_size() for program in update._programs.values()] == sizes == [1] * programs
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
