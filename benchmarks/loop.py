@@ -61,11 +61,11 @@ def everything(params: dict, update: ft.Update, data: object, evaluation: ft.Eva
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     print(machine())
     rows = [("an update takes", "for loop", "fit", "fit, everything on")]
-    for width in (1024,):
+    for width in (2048,):
         params, update, data, evaluation = model(width)
         cases = {
             "bare": functools.partial(bare, params, update, data),

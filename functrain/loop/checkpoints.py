@@ -1,9 +1,7 @@
 """Checkpoints: the whole state of a run on disk, verified before it is trained on."""
 
-import base64
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import math
 import os
@@ -24,16 +22,14 @@ from jax.experimental import multihost_utils
 
 from functrain.loop import manifest
 from functrain.loop.every import Every
+from functrain.loop.facts import decoded, encoded, facts_of
 from functrain.loop.fingerprint import (
     CheckpointError,
     differences,
-    fingerprint,
     listed_lines,
     named_leaves,
     rebuilt,
     shape_dtype,
-    spec,
-    window_form,
 )
 from functrain.loop.folder import Folder
 from functrain.loop.placement import apart, own, places, target
@@ -41,7 +37,6 @@ from functrain.loop.regroup import regrouped
 from functrain.state import TrainState
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/.*")
-_VERSIONS = ("functrain", "jax", "optax", "orbax-checkpoint", "numpy")
 
 
 class SaveError(OSError):
@@ -124,6 +119,7 @@ class Checkpoints(Folder):
         self._thread: ThreadPoolExecutor | None = None
         self._finishing: Future[None] | None = None
         self._failure: SaveError | None = None
+        self._spare: dict[str, jax.Array] = {}
 
     # Writing.
 
@@ -149,7 +145,7 @@ class Checkpoints(Folder):
         with contextlib.suppress(SaveError):
             self.wait()
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
-        beside = {"data": _encoded("data", data), "metrics": metrics, "extra": _encoded("extra", extra)}
+        beside = {"data": encoded("data", data), "metrics": metrics, "extra": encoded("extra", extra)}
         content = zlib.crc32(json.dumps(beside).encode())
         name = self._agreed(self.name(state, content) if jax.process_index() == 0 else None)
         if name is None:
@@ -157,16 +153,9 @@ class Checkpoints(Folder):
         if self._failure is not None:
             warnings.warn(f"{self._failure}; saving again now", stacklevel=2)
         step = self.directory / name
-        named = named_leaves(state)
-        facts = {
-            "leaves": fingerprint(state),
-            "window": window_form(state.window),
-            "window_leaves": {name: spec(leaf) for name, leaf in named.items() if name.startswith("window/")},
-            "configuration": json.loads(state.configuration),
-            **beside,
-            "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
-        }
-        leaves = apart({name: leaf for name, leaf in named.items() if jnp.size(leaf)})  # Orbax refuses empty ones.
+        facts, named = facts_of(state, beside), named_leaves(state)
+        # Orbax refuses empty leaves.
+        leaves, self._spare = apart({name: leaf for name, leaf in named.items() if jnp.size(leaf)}, self._spare)
         summary = {"batches": int(state.batches), "content": content, "metrics": metrics, "time": time.time()}
         import orbax.checkpoint as ocp
 
@@ -249,6 +238,7 @@ class Checkpoints(Folder):
         if self._lock is not None:
             self._lock.close()
         self._thread = self._orbax = self._lock = None
+        self._spare = {}
 
     def _checkpointer(self) -> Any:
         if self._orbax is None:
@@ -286,6 +276,7 @@ class Checkpoints(Folder):
         )
         # An Orbax checkpointer that failed reports it again, and loses the next save.
         broken, self._orbax = self._orbax, None
+        self._spare = {}
         if broken is not None:
             with contextlib.suppress(Exception):
                 broken.close()
@@ -372,7 +363,7 @@ class Checkpoints(Folder):
             leaves, report = regrouped(leaves, facts, like)
             print(report)
         state = rebuilt(leaves, like, facts["window"])
-        return Restored(state, _decoded(facts["data"]), facts["metrics"], _decoded(facts["extra"]), path)
+        return Restored(state, decoded(facts["data"]), facts["metrics"], decoded(facts["extra"]), path)
 
     def _set_aside(self, path: Path, problem: str) -> None:
         is_reader = self._thread is None
@@ -398,17 +389,3 @@ class Checkpoints(Folder):
         encoded = (problem or "").encode()[:1000]
         text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
         return bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))).rstrip(b"\0").decode() or None
-
-
-def _encoded(name: str, value: Any) -> Any:
-    if isinstance(value, bytes):
-        return {"bytes": base64.b64encode(value).decode()}
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{name}= of a checkpoint: {error}; give what JSON can hold, or bytes") from None
-    return {"json": value}
-
-
-def _decoded(value: Any) -> Any:
-    return base64.b64decode(value["bytes"]) if "bytes" in value else value["json"]

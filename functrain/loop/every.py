@@ -1,6 +1,7 @@
 """How often something is done in a run."""
 
 import dataclasses
+from typing import NamedTuple
 
 
 class CadenceError(ValueError):
@@ -50,8 +51,7 @@ class Every:
         return now.seconds // (60 * self.minutes) > before.seconds // (60 * self.minutes)
 
 
-@dataclasses.dataclass(frozen=True)
-class Moment:
+class Moment(NamedTuple):
     """A point in a run: finished steps and epochs, and seconds since it began."""
 
     step: int = 0

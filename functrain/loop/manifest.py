@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18
 
 
 def path_of(step: Path) -> Path:
@@ -141,8 +141,9 @@ def _checksums(step: Path) -> dict[str, tuple[int, int]]:
 
 
 def _checksum(file: Path) -> int:
-    checksum = 0
+    # Into one small buffer: to map and unmap memory for every chunk stalls all threads, those of an update too.
+    checksum, buffer = 0, memoryview(bytearray(_CHUNK))
     with file.open("rb", buffering=0) as opened:
-        while chunk := opened.read(_CHUNK):
-            checksum = zlib.crc32(chunk, checksum)
+        while size := opened.readinto(buffer):
+            checksum = zlib.crc32(buffer[:size], checksum)
     return checksum
