@@ -13,7 +13,6 @@ import optax
 from flax import nnx
 
 import functrain as ft
-from functrain.loop import ConfusionMatrix, TopK
 
 BATCH, ACCUMULATE = 32, 2
 
@@ -89,7 +88,7 @@ def main() -> None:
         return {"loss": losses, "accuracy": is_right, "logits": logits, "label": label, "prediction": prediction}
 
     update = ft.make_update(loss_fn, optim, accumulate=ACCUMULATE)
-    metrics = {"top2": TopK(2, scores="logits"), "confusion": ConfusionMatrix(10)}
+    metrics = {"top2": ft.TopK(2, scores="logits"), "confusion": ft.ConfusionMatrix(10)}
     result = ft.fit(
         update,
         update.init(params, key=jax.random.key(args.seed)),

@@ -24,12 +24,15 @@ from functrain.update import Update, make_update
 if TYPE_CHECKING:
     from functrain.loop import (
         Checkpoints,
+        ConfusionMatrix,
         EarlyStopping,
         Evaluation,
         Every,
         Hook,
         JsonLines,
+        OnHost,
         TensorBoard,
+        TopK,
         fit,
         from_arrays,
         from_tfds,
@@ -42,6 +45,7 @@ __all__ = [
     "Audit",
     "AuditError",
     "Checkpoints",
+    "ConfusionMatrix",
     "DynamicScale",
     "EarlyStopping",
     "Evaluation",
@@ -50,6 +54,7 @@ __all__ = [
     "JsonLines",
     "Loss",
     "LossError",
+    "OnHost",
     "Optimizer",
     "OptimizerError",
     "Partition",
@@ -57,6 +62,7 @@ __all__ = [
     "Phase",
     "PhaseError",
     "TensorBoard",
+    "TopK",
     "TrainState",
     "Update",
     "UpdateError",
@@ -79,8 +85,8 @@ __all__ = [
 
 # The loop stands on Orbax and Grain, which take a second to import: what is of it is imported when it is asked for.
 _LOOP = {
-    "Checkpoints", "EarlyStopping", "Evaluation", "Every", "Hook", "JsonLines", "TensorBoard", "fit", "from_arrays",
-    "from_tfds",
+    "Checkpoints", "ConfusionMatrix", "EarlyStopping", "Evaluation", "Every", "Hook", "JsonLines", "OnHost",
+    "TensorBoard", "TopK", "fit", "from_arrays", "from_tfds",
 }  # fmt: skip
 
 

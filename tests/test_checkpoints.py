@@ -285,6 +285,19 @@ def test_an_asynchronous_save_has_the_values_of_its_moment(tmp_path):
         assert bits(checkpoints.restore(like=state).state) == before
 
 
+def test_a_save_that_writes_over_the_copy_of_the_one_before_it_changes_no_checkpoint(tmp_path):
+    update, params, state = simple(accumulate=2)
+    saved = []
+    with ft.Checkpoints(tmp_path, keep_last=6) as checkpoints:
+        for number in range(6):  # Every other one has a pending window.
+            state, _ = update(state, batch_of(number))
+            checkpoints.save(state)
+            saved.append(bits(state))
+        checkpoints.wait()
+        read = [checkpoints.restore(like=update.abstract(params), step=path).state for path in checkpoints.steps()]
+    assert [bits(state) for state in read] == saved
+
+
 def test_what_is_restored_is_consumed_in_place(tmp_path):
     update, params, state = updated(1)
     with ft.Checkpoints(tmp_path) as checkpoints:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from functrain.learning_rate import rates_in
 from functrain.loop.checkpoints import Checkpoints
 from functrain.loop.evaluation import Evaluation, placed
 from functrain.loop.every import Every
@@ -189,11 +190,27 @@ def _check(
 
 def _restored(run: Run, checkpoints: Checkpoints, regroup: bool) -> tuple[Any] | None:
     """Takes the newest checkpoint; returns the position in the data in a tuple, None if there is no checkpoint."""
+    given = _constant_rates(run.state)
     restored = checkpoints.restore(like=run.state, regroup=regroup)
     if restored is None:
         return None
+    for part, rate in _constant_rates(restored.state).items():
+        if given.get(part, rate) != rate:
+            warnings.warn(
+                f"part {part!r} goes on with the learning rate {rate:g} of the checkpoint, not with the {given[part]:g}"
+                " that its optimizer was made with; to change it within a run, have a hook do so in run_started:"
+                " run.state = dataclasses.replace(run.state, opt_state="
+                f"optim.with_learning_rates(run.state.opt_state, {{{part!r}: {given[part]:g}}}))",
+                stacklevel=3,
+            )
     run.restored(restored.state, restored.extra)
     return (restored.data,)
+
+
+def _constant_rates(state: TrainState) -> dict[str, float]:
+    """The learning rates that no schedule says, by part."""
+    found = {part: rates_in(opt_state) for part, opt_state in state.opt_state.items()}
+    return {part: float(rates[0].setting) for part, rates in found.items() if rates and rates[0].setting is not None}
 
 
 def _rows_until(step: int, path: Path) -> list[dict[str, Any]]:

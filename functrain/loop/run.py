@@ -87,7 +87,10 @@ class Run:
         self.state = state
         extra = extra or {"epoch": 0, "read": 0, "results": {}, "seconds": 0.0, "hooks": []}
         self.step, self.epoch, self.read = int(self.state.step), extra["epoch"], extra["read"]
-        self.results, self.metrics = dict(extra["results"]), dict(extra.get("metrics", {}))
+        self.results = {
+            name: np.asarray(value) if isinstance(value, list) else value for name, value in extra["results"].items()
+        }
+        self.metrics = dict(extra.get("metrics", {}))
         self._began -= extra["seconds"]
         self._before = self._looked = Moment(self.step, self.epoch, extra["seconds"])
         saved = list(extra["hooks"])
@@ -169,7 +172,7 @@ class Run:
             "epoch": self.epoch,
             "read": self.read,
             "seconds": self.now().seconds,
-            "results": {name: value for name, value in self.results.items() if np.ndim(value) == 0},
+            "results": {name: np.asarray(value).tolist() for name, value in self.results.items() if _is_numeric(value)},
             # Without an update after it, an epoch's end logs those of the update before it.
             "metrics": flattened(self._last_metrics()) if self.log_every.epochs is not None else {},
             "hooks": [{"of": _kind(hook), "state": hook.state()} for hook in self._hooks],
@@ -234,6 +237,10 @@ class Run:
 
     def _counters(self) -> tuple[int, ...]:
         return int(self.state.step), int(self.state.batches), int(self.state.pending), self.epoch
+
+
+def _is_numeric(value: Any) -> bool:
+    return np.asarray(value).dtype.kind in "biuf"
 
 
 def _kind(hook: Hook) -> str:
