@@ -75,6 +75,47 @@ def hand_written(model: Model, frozen: Sequence[str] = ()) -> tuple[Any, Any]:
     return step, (copied(model.params), {part: tx.init(groups[part]) for part, tx in txs.items()})
 
 
+def window_by_hand(model: Model, length: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first, middle and last program of a window, as one writes them by hand, and what each is first given."""
+    step, (params, opt_state) = hand_written(model)
+
+    def grads(params: Any, batch: Any) -> Any:
+        return jax.value_and_grad(model.loss)(params, batch)
+
+    def add(total: Any, params: Any, batch: Any) -> Any:
+        loss, new = grads(params, batch)
+        return loss, jax.tree.map(jnp.add, total, new)
+
+    def last(params: Any, opt_state: Any, total: Any, batch: Any) -> Any:
+        loss, summed = add(total, params, batch)
+        return step(params, opt_state, batch, grads=(loss, jax.tree.map(lambda leaf: leaf / length, summed)))
+
+    programs = {
+        "first": jax.jit(grads),
+        "middle": jax.jit(add, donate_argnums=0),
+        "last": jax.jit(last, donate_argnums=(0, 1)),
+    }
+    total = jax.tree.map(jnp.zeros_like, params)
+    return programs, {"first": (params,), "middle": (total, params), "last": (params, opt_state, total)}
+
+
+def accumulated_by_hand(model: Model, times: int, length: int) -> Any:
+    """A function that takes in batches in windows of a length, with a program for each position."""
+    programs, given = window_by_hand(model, length)
+    params, opt_state, _ = given["last"]
+
+    def run() -> Any:
+        nonlocal params, opt_state
+        for _ in range(times // length):
+            _, total = programs["first"](params, model.batch)
+            for _ in range(length - 2):
+                _, total = programs["middle"](total, params, model.batch)
+            params, opt_state, loss = programs["last"](params, opt_state, total, model.batch)
+        return params, loss
+
+    return run
+
+
 def multi_transform(model: Model, every: int = 1) -> tuple[Any, Any]:
     """The same with `optax.multi_transform`, and with `optax.MultiSteps` around it where `every` is more than 1."""
     tx = optax.multi_transform(transforms(model), ft.partition(model.params, model.rules).labels())

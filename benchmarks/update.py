@@ -14,7 +14,19 @@ import jax
 import jax.numpy as jnp
 from harness import machine, measure, print_table
 from models import MODELS, Model, mlp
-from steps import eqx_jit, hand_written, multi_transform, nnx_jit, nnx_updated, optimizer, repeated, torch_adam, updated
+from steps import (
+    accumulated_by_hand,
+    eqx_jit,
+    hand_written,
+    multi_transform,
+    nnx_jit,
+    nnx_updated,
+    optimizer,
+    repeated,
+    torch_adam,
+    updated,
+    window_by_hand,
+)
 
 import functrain as ft
 
@@ -56,17 +68,20 @@ def one_update() -> None:
 
 
 def many() -> None:
-    rows = [("model", "scan of 16", "accumulate=8", "MultiSteps(8)")]
+    columns = ("scan of 16", "accumulate=8", "in a scan", "by hand, three programs", "MultiSteps(8)")
+    rows = [("model", *columns)]
     for name in (TINY, LARGE):
         model = MODELS[name]()
         candidates = {
             "by hand": repeated(*hand_written(model), model.batch, 16),
-            "scan": updated(model, 16, "scan"),
-            "accumulate": updated(model, 16, accumulate=8),
-            "MultiSteps": repeated(*multi_transform(model, 8), model.batch, 16),
+            "scan of 16": updated(model, 16, "scan"),
+            "accumulate=8": updated(model, 16, accumulate=8),
+            "in a scan": updated(model, 16, "scan", accumulate=8),
+            "by hand, three programs": accumulated_by_hand(model, 16, 8),
+            "MultiSteps(8)": repeated(*multi_transform(model, 8), model.batch, 16),
         }
         ratios = measure(candidates, **({"rounds": 9, "calls": 1} if name == LARGE else {"calls": 8}))
-        rows.append((name, *(f"{ratios[key]:.2f}" for key in ("scan", "accumulate", "MultiSteps"))))
+        rows.append((name, *(f"{ratios[key]:.2f}" for key in columns)))
     print_table("Many batches: time of one as a ratio to one step written by hand", rows)
 
     rows = [("model", "measured at 1 step in 50")]
@@ -153,8 +168,10 @@ def compile_times() -> None:
 
     model = MODELS[TINY]()
     update, state = make(model, accumulate=3)
-    for position, (by_hand, arguments) in window_by_hand(model).items():
-        rows.append((f"{TINY}, {position} of a window", compile_ratio((update, state), model, by_hand, arguments)))
+    programs, given = window_by_hand(model, 3)
+    for position, program in programs.items():
+        compiled = compile_ratio((update, state), model, program.lower, given[position])
+        rows.append((f"{TINY}, {position} of a window", compiled))
         state, _ = update(state, model.batch)
     print_table("Trace and compile, as a ratio to the same written by hand", rows)
 
@@ -167,29 +184,6 @@ def compile_ratio(ours: Any, model: Model, by_hand: Any, arguments: Any, *, roun
         for _ in range(rounds)
     ]
     return f"{statistics.median(ratios):.2f}"
-
-
-def window_by_hand(model: Model) -> dict[str, Any]:
-    """The first, middle and last program of a window, as one writes them by hand, and what they are given."""
-    step, (params, opt_state) = hand_written(model)
-
-    def grads(params: Any, batch: Any) -> Any:
-        return jax.value_and_grad(model.loss)(params, batch)
-
-    def add(total: Any, params: Any, batch: Any) -> Any:
-        loss, new = grads(params, batch)
-        return loss, jax.tree.map(jnp.add, total, new)
-
-    def last(params: Any, opt_state: Any, total: Any, batch: Any) -> Any:
-        loss, summed = add(total, params, batch)
-        return step(params, opt_state, batch, grads=(loss, jax.tree.map(lambda leaf: leaf / 3, summed)))
-
-    total = jax.tree.map(jnp.zeros_like, params)
-    return {
-        "first": (jax.jit(grads).lower, (params,)),
-        "middle": (jax.jit(add, donate_argnums=0).lower, (total, params)),
-        "last": (jax.jit(last, donate_argnums=(0, 1)).lower, (params, opt_state, total)),
-    }
 
 
 def timed(function: Callable[[], Any]) -> float:
