@@ -38,8 +38,8 @@ class Accumulated:
         """
 
         def mean(sums: PyTree, weight: jax.Array) -> PyTree:
-            divisor = jnp.where(weight == 0, 1, weight)
-            return jax.tree.map(lambda total: jnp.where(weight == 0, 0, total / divisor.astype(total.dtype)), sums)
+            divisor = jnp.where(weight == 0, 1, weight)  # Sums of weight 0 are 0.
+            return jax.tree.map(lambda total: total / divisor.astype(total.dtype), sums)
 
         if isinstance(self.sums, dict):
             return {part: mean(sums, self.weights[part]) for part, sums in self.sums.items()}

@@ -14,6 +14,7 @@ from functrain.learning_rate import rates_in, with_rate
 from functrain.optimizer_state import OptimizerError, in_one_dtype, like_before, placed, state_shardings, strong
 from functrain.partition import Partition, Split, table
 from functrain.paths import PartitionError, PyTree, around_first_difference, flatten, listed, non_float, unflatten
+from functrain.telemetry import global_norm
 
 
 class Frozen:
@@ -378,12 +379,6 @@ def _check_shapes(flat: Mapping[str, Any], params: Mapping[str, Any], what: str,
         given, expected = jnp.shape(leaf), jnp.shape(params[path])
         if given != expected and not (per_example and given[1:] == expected and len(given) > len(expected)):
             raise OptimizerError(f"{what}: {path!r} has shape {given}, its parameter {expected}; they must be the same")
-
-
-def global_norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm of all leaves together, computed in float32 or wider."""
-    wide = [jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32)) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(jnp.sum(jnp.square(jnp.abs(leaf))) for leaf in wide))
 
 
 def _clipped(grads: Mapping[str, Mapping[str, Any]], clip_norm: float) -> Split:

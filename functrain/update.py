@@ -24,6 +24,7 @@ from functrain.state import (
     UpdateError,
     abstract_state,
     initial_state,
+    is_consumed,
     taken_apart,
 )
 from functrain.step import After, Metrics, Step
@@ -211,7 +212,7 @@ class Update:
         """Takes in one batch; the batch that ends a window makes the optimizer step.
 
         Args:
-          state: consumed: its arrays that change are deleted, and the returned state has them.
+          state: its arrays that change are consumed: they are deleted, and the returned state has the new ones.
           batch: what the loss function takes.
           lr: learning rates of this step alone, by part; see `Optimizer.step`. They count at the call that ends a
             window. Other values never recompile.
@@ -382,7 +383,7 @@ class Update:
             )  # fmt: skip
         except (RuntimeError, ValueError) as error:
             # A deleted argument is found by XLA for nothing; looking for one before each call is not.
-            if not _is_consumed(state) or isinstance(error, UpdateError):
+            if not is_consumed(state) or isinstance(error, UpdateError):
                 raise
             raise UpdateError(
                 "this state was consumed by an earlier call, and with it every shallow copy: go on from the state that"
@@ -395,8 +396,3 @@ class Update:
         if program is None:
             program = self._programs[call, form] = Program(self.steps, call, form)
         return program
-
-
-def _is_consumed(state: TrainState) -> bool:
-    leaves = jax.tree.leaves((taken_apart(state)[1], state.window))
-    return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)

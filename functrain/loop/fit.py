@@ -99,7 +99,8 @@ def fit(
       progress: a progress bar; by default where there is a terminal.
       stop: when to stop early.
       hooks: more that is done in a run.
-      unroll: turns of the update (windows, and with phases whole cycles) in one dispatch, `update.scan`.
+      unroll: turns of the update (windows, and with phases whole cycles) in one dispatch, `update.scan`; logs then have
+        no norms by part.
       sharding: where batches go, those of evaluations too; by default as `jax.jit` has it.
       load_best_on_end: return the state of the best checkpoint, by its `keep_best`.
       regroup: take a checkpoint of other parts or optimizers; see `Checkpoints.restore`.
