@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import statistics
 import tempfile
 import time
@@ -86,15 +87,27 @@ def timed(work: object) -> float:
     return time.perf_counter() - start
 
 
+def leave_a_core() -> None:
+    """Has JAX make its threads for one core less, where training leaves the host some time, as beside a GPU."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {*sorted(cores)[1:]})
+    jnp.zeros(()).block_until_ready()
+    os.sched_setaffinity(0, cores)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--megabytes", type=int, nargs="*", default=[10, 100, 400])
+    parser.add_argument("--leave-a-core", action="store_true", help="JAX computes on one core less than there are")
     arguments = parser.parse_args()
+    if arguments.leave_a_core:
+        leave_a_core()
     print(machine())
     rows = [("state", "an update", "a save, waited for", "=", "held up", "checksums", "a copy in memory")]
     rows += [measured(megabytes, arguments.rounds) for megabytes in arguments.megabytes]
-    print_table("What a save costs training, as a share of a save that is waited for", rows)
+    where = "beside updates that leave it a core" if arguments.leave_a_core else "beside updates on all cores"
+    print_table(f"What a save costs training, {where}, as a share of a save that is waited for", rows)
 
 
 if __name__ == "__main__":
