@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
 
 # What returns an operand as it is, elsewhere or in part.
 _MOVES = {
@@ -65,11 +65,10 @@ def _through(eqn: Any, given: list[Marks]) -> list[Marks]:
         branches = [flow(branch.jaxpr, given[1:]) for branch in params["branches"]]
         taken = [functools.reduce(_either, marks) for marks in zip(*branches, strict=True)]
         return [mark._replace(uses=mark.uses | given[0].uses) for mark in taken]
-    inner = [value for value in params.values() if isinstance(value, Jaxpr | ClosedJaxpr)]
-    if len(inner) == 1:
-        called = inner[0].jaxpr if isinstance(inner[0], ClosedJaxpr) else inner[0]
-        if len(called.invars) == len(given) and len(called.outvars) == len(eqn.outvars):
-            return flow(called, given)
+    # A closed jaxpr is a type of its own, with the jaxpr in it, or none, as JAX 0.12 has it.
+    inner = [each for each in (getattr(value, "jaxpr", value) for value in params.values()) if isinstance(each, Jaxpr)]
+    if len(inner) == 1 and len(inner[0].invars) == len(given) and len(inner[0].outvars) == len(eqn.outvars):
+        return flow(inner[0], given)
     return [_computed(name, given)] * len(eqn.outvars)
 
 
