@@ -52,8 +52,8 @@ def flow(jaxpr: Jaxpr, inputs: Sequence[Marks]) -> list[Marks]:
 def _through(eqn: Any, given: list[Marks]) -> list[Marks]:
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        fixed = given[: params["num_consts"]]
-        carried, outputs = _looped(params["jaxpr"].jaxpr, fixed, given[len(fixed) :], params["num_carry"])
+        fixed, carries = _of_scan(params)
+        carried, outputs = _looped(params["jaxpr"].jaxpr, given[:fixed], given[fixed:], carries)
         return outputs if params["length"] else [*carried, *outputs[len(carried) :]]
     if name == "while":
         of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
@@ -70,6 +70,14 @@ def _through(eqn: Any, given: list[Marks]) -> list[Marks]:
     if len(inner) == 1 and len(inner[0].invars) == len(given) and len(inner[0].outvars) == len(eqn.outvars):
         return flow(inner[0], given)
     return [_computed(name, given)] * len(eqn.outvars)
+
+
+def _of_scan(params: Any) -> tuple[int, int]:
+    """How many inputs of a scan are fixed, and how many it carries."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carries, _ = params["ft_in"].unpack()  # Since JAX 0.12.
+    return len(consts), len(carries)
 
 
 def _looped(body: Jaxpr, fixed: list[Marks], others: list[Marks], carries: int) -> tuple[list[Marks], list[Marks]]:

@@ -241,6 +241,8 @@ class Update:
     ) -> tuple[TrainState, Metrics]:
         """Takes in many batches in one dispatch.
 
+        The state has the bits of call after call, unless XLA fuses a scan otherwise (seen with JAX 0.12 and `phase=`).
+
         Args:
           state: consumed; no window may be pending.
           batches: batches stacked on a leading axis: whole windows of them, and with phases whole cycles.
