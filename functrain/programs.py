@@ -8,7 +8,7 @@ import jax
 
 from functrain.accumulate import Accumulated
 from functrain.phases import Turn
-from functrain.state import Form, TrainState, lasting, put_together, taken_apart
+from functrain.state import Form, TrainState, UpdateError, lasting, put_together, taken_apart
 from functrain.step import Metrics, Step
 from functrain.turns import Body, many_turns, one_step, one_turn
 
@@ -37,7 +37,7 @@ class Program:
     def __init__(self, steps: Sequence[Step], call: Call, form: Form):
         self.form = form
         self._changes = _changed(steps, call, form)
-        self._reads = _read(self._changes, call, form)
+        self._reads = _read(self._changes, form)
         # Only a middle batch returns a window, of which a consumed one could be the place.
         self._is_middle = call.kind == "middle"
         self.jitted = self._jitted(steps, call)
@@ -51,8 +51,20 @@ class Program:
         return (consumed, consumed_window), read
 
     def __call__(self, state: TrainState, batch: Any, lr: Any, **counters: Any) -> tuple[TrainState, Metrics]:
-        """The next state, with the given counters, and the metrics."""
-        changed, window, metrics = self.jitted(*self.arguments(state), batch, lr)
+        """The next state, with the given counters, and the metrics.
+
+        Raises:
+          UpdateError: an earlier call has consumed the state.
+        """
+        consumed, read = self.arguments(state)
+        # One leaf of each tells: what a call consumes is deleted together.
+        told = [*consumed[0][:1], *read[0][:1], *([consumed[1].weights] if consumed[1] else [])]
+        if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in told):
+            raise UpdateError(
+                "this state was consumed by an earlier call, and with it every shallow copy: go on from the state that"
+                " the call returned, state, metrics = update(state, batch), or copy.deepcopy(state) before it"
+            )
+        changed, window, metrics = self.jitted(consumed, read, batch, lr)
         leaves = changed
         if len(changed) < self.form.leaves:
             leaves = taken_apart(state)[1].copy()
@@ -100,11 +112,10 @@ def _changed(steps: Sequence[Step], call: Call, form: Form) -> list[int]:
     return sorted(jax.tree.leaves(changed))
 
 
-def _read(changes: Sequence[int], call: Call, form: Form) -> list[int]:
-    """Which others it looks at: optimizer state that it does not change only for telemetry, of its learning rates."""
+def _read(changes: Sequence[int], form: Form) -> list[int]:
+    """Which others it looks at: optimizer state that it does not change is none of them."""
     numbers = form.fields(range(form.leaves))
-    if not call.measured:
-        del numbers["opt_state"]
+    del numbers["opt_state"]
     return sorted({*jax.tree.leaves(numbers)} - {*changes})
 
 

@@ -179,12 +179,6 @@ def put_together(form: Form, leaves: list[Any], **others: Any) -> TrainState:
     return state
 
 
-def is_consumed(state: TrainState) -> bool:
-    """Whether a call has deleted arrays of a state."""
-    leaves = jax.tree.leaves((taken_apart(state)[1], state.window))
-    return any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves)
-
-
 def as_array(leaf: Any) -> jax.Array:
     """A jax array of a definite dtype; numpy's memory is copied, as donation would hand it to XLA."""
     array = leaf if isinstance(leaf, jax.Array) else jnp.array(leaf, copy=True)

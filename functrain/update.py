@@ -24,7 +24,6 @@ from functrain.state import (
     UpdateError,
     abstract_state,
     initial_state,
-    is_consumed,
     taken_apart,
 )
 from functrain.step import After, Metrics, Step
@@ -376,21 +375,12 @@ class Update:
             lr, call, steps = None, call._replace(measured=False), 0
         elif steps is None:
             steps = len(call.turns[0])
-        try:
-            return self._program(call, state)(
-                state, batch, lr,
-                step=np.array(state.step + steps, np.int32),
-                batches=np.array(state.batches + batches, np.int32),
-                pending=np.array(state.pending + 1 if call.sums else 0, np.int32),
-            )  # fmt: skip
-        except (RuntimeError, ValueError) as error:
-            # A deleted argument is found by XLA for nothing; looking for one before each call is not.
-            if not is_consumed(state) or isinstance(error, UpdateError):
-                raise
-            raise UpdateError(
-                "this state was consumed by an earlier call, and with it every shallow copy: go on from the state that"
-                " the call returned, state, metrics = update(state, batch), or copy.deepcopy(state) before it"
-            ) from error
+        return self._program(call, state)(
+            state, batch, lr,
+            step=np.array(state.step + steps, np.int32),
+            batches=np.array(state.batches + batches, np.int32),
+            pending=np.array(state.pending + 1 if call.sums else 0, np.int32),
+        )  # fmt: skip
 
     def _program(self, call: Call, state: TrainState) -> Program:
         form, _ = taken_apart(state)

@@ -487,6 +487,23 @@ def test_two_metrics_of_one_name_are_an_error(name):
         update(update.init(linear_params()), batches_of(1)[0])
 
 
+def test_an_error_while_a_program_runs_is_not_taken_for_a_consumed_state():
+    def checked(value):
+        if value > 2:
+            raise KeyError("the caller's own")
+        return np.float32(value)
+
+    def loss(params, batch):
+        return jnp.sum(params["w"]) * jax.pure_callback(checked, jax.ShapeDtypeStruct((), jnp.float32), batch)
+
+    params = {"w": jnp.ones(2)}
+    update = ft.make_update(loss, ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.sgd(0.1)}))
+    state, _ = update(update.init(params), jnp.float32(1))
+    with pytest.raises(Exception, match="the caller's own") as raised:
+        jax.block_until_ready(update(state, jnp.float32(3)))
+    assert not isinstance(raised.value, ft.UpdateError)
+
+
 def test_a_state_that_was_consumed_is_an_error_that_says_what_to_go_on_from():
     update = ft.make_update(loss_fn, optimizer_of(linear_params()))
     state = update.init(linear_params())
