@@ -88,10 +88,13 @@ def finetuned(tmp_path_factory):
 
         fit, stages, printed = ft.fit, [], []
 
-        def kept(update, state, *args, **options):
-            before = copy_of(state)
-            result = fit(update, state, *args, **options)
-            stages.append((update, before, copy_of(result.state)))
+        class Start(ft.Hook):
+            def run_started(self, run):
+                self.begin = copy_of(run.state)
+
+        def kept(*args, **options):
+            result = fit(*args, **options, hooks=[start := Start()])
+            stages.append((args[0], start.begin, copy_of(result.state)))
             return result
 
         patch.setattr(ft, "fit", kept, raising=False)

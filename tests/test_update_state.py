@@ -516,6 +516,16 @@ def test_a_state_that_was_consumed_is_an_error_that_says_what_to_go_on_from():
     update(deep, batches_of(1)[0])
 
 
+def test_a_pending_state_that_was_consumed_is_the_same_error():
+    update = ft.make_update(loss_fn, optimizer_of(linear_params()), accumulate=3)
+    first, _ = update(update.init(linear_params()), batches_of(1)[0])
+    second, _ = update(first, batches_of(1)[0])
+    update(second, batches_of(1)[0])
+    for used in (first, second):
+        with pytest.raises(ft.UpdateError, match=r"consumed by an earlier call"):
+            update(used, batches_of(1)[0])
+
+
 @pytest.mark.parametrize("length", [1, 2])
 def test_a_pending_window_that_is_longer_than_the_updates_is_never_lost_in_silence(length):
     params = linear_params()
