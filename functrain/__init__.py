@@ -6,54 +6,81 @@ A pure `train_step` returns gradients; a partition splits them by path; each par
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from functrain.accumulate import Accumulated, AccumulationError, accumulate, zeros
+from functrain.accumulate import Accumulated, accumulate, zeros
+from functrain.adopt import Adoption
 from functrain.audit import Audit, audit
+from functrain.errors import (
+    AccumulationError,
+    AuditError,
+    CadenceError,
+    CheckpointError,
+    DataError,
+    EvaluationError,
+    FitError,
+    FunctrainError,
+    LogError,
+    LossError,
+    NonFiniteError,
+    OptimizerError,
+    PartitionError,
+    PhaseError,
+    SaveError,
+    UpdateError,
+)
 from functrain.gradients import Loss, make_train_step
 from functrain.learning_rate import with_lr
 from functrain.optimizer import FROZEN, Optimizer
-from functrain.optimizer_state import OptimizerError
-from functrain.partition import Partition, partition, take
-from functrain.paths import PartitionError, flatten, non_float, unflatten
-from functrain.phases import Phase, PhaseError, alternate
+from functrain.phases import Alternation, Phase, alternate
 from functrain.precision import DynamicScale
-from functrain.reach import AuditError
-from functrain.routes import LossError
-from functrain.state import TrainState, UpdateError
+from functrain.state import TrainState
+from functrain.tree.partition import Partition, partition
+from functrain.tree.paths import flatten, unflatten
+from functrain.tree.selectors import Selector, non_float, take
 from functrain.update import Update, make_update
 
 if TYPE_CHECKING:
-    from functrain.loop import (
-        Checkpoints,
-        ConfusionMatrix,
-        EarlyStopping,
-        Evaluation,
-        Every,
-        Hook,
-        JsonLines,
-        OnHost,
-        TensorBoard,
-        TopK,
-        fit,
-        from_arrays,
-        from_tfds,
-    )
+    from functrain.loop.checkpoints import Checkpoints, Restored
+    from functrain.loop.data import Data, from_arrays, from_tfds
+    from functrain.loop.evaluation import Evaluation
+    from functrain.loop.every import Every
+    from functrain.loop.fit import Result, fit
+    from functrain.loop.hooks import EarlyStopping, Hook
+    from functrain.loop.logs import JsonLines, Logger, TensorBoard, read_json_lines
+    from functrain.loop.metrics import ConfusionMatrix, Metric, OnHost, TopK
+    from functrain.loop.run import Run
+    from functrain.loop.signals import StopSignals
+
+__version__ = "0.2.0"
 
 __all__ = [
     "FROZEN",
     "Accumulated",
     "AccumulationError",
+    "Adoption",
+    "Alternation",
     "Audit",
     "AuditError",
+    "CadenceError",
+    "CheckpointError",
     "Checkpoints",
     "ConfusionMatrix",
+    "Data",
+    "DataError",
     "DynamicScale",
     "EarlyStopping",
     "Evaluation",
+    "EvaluationError",
     "Every",
+    "FitError",
+    "FunctrainError",
     "Hook",
     "JsonLines",
+    "LogError",
+    "Logger",
     "Loss",
     "LossError",
+    "Metric",
+    "NonFiniteError",
     "OnHost",
     "Optimizer",
     "OptimizerError",
@@ -61,6 +88,12 @@ __all__ = [
     "PartitionError",
     "Phase",
     "PhaseError",
+    "Restored",
+    "Result",
+    "Run",
+    "SaveError",
+    "Selector",
+    "StopSignals",
     "TensorBoard",
     "TopK",
     "TrainState",
@@ -77,6 +110,7 @@ __all__ = [
     "make_update",
     "non_float",
     "partition",
+    "read_json_lines",
     "take",
     "unflatten",
     "with_lr",
@@ -84,13 +118,36 @@ __all__ = [
 ]
 
 # The loop stands on Orbax and Grain, which take a second to import: what is of it is imported when it is asked for.
-_LOOP = {
-    "Checkpoints", "ConfusionMatrix", "EarlyStopping", "Evaluation", "Every", "Hook", "JsonLines", "OnHost",
-    "TensorBoard", "TopK", "fit", "from_arrays", "from_tfds",
-}  # fmt: skip
+_LAZY = {
+    "Checkpoints": "functrain.loop.checkpoints",
+    "ConfusionMatrix": "functrain.loop.metrics",
+    "Data": "functrain.loop.data",
+    "EarlyStopping": "functrain.loop.hooks",
+    "Evaluation": "functrain.loop.evaluation",
+    "Every": "functrain.loop.every",
+    "Hook": "functrain.loop.hooks",
+    "JsonLines": "functrain.loop.logs",
+    "Logger": "functrain.loop.logs",
+    "Metric": "functrain.loop.metrics",
+    "OnHost": "functrain.loop.metrics",
+    "Restored": "functrain.loop.checkpoints",
+    "Result": "functrain.loop.fit",
+    "Run": "functrain.loop.run",
+    "StopSignals": "functrain.loop.signals",
+    "TensorBoard": "functrain.loop.logs",
+    "TopK": "functrain.loop.metrics",
+    "fit": "functrain.loop.fit",
+    "from_arrays": "functrain.loop.data",
+    "from_tfds": "functrain.loop.data",
+    "read_json_lines": "functrain.loop.logs",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LOOP:
-        return getattr(import_module("functrain.loop"), name)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'functrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_LAZY]

@@ -6,12 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from functrain.errors import AccumulationError
 from functrain.gradients import check_weight
-from functrain.paths import PyTree, difference, flatten, listed, same_structure
-
-
-class AccumulationError(ValueError):
-    """Gradients that do not fit what has been accumulated."""
+from functrain.tree.paths import PyTree, flatten, structure_difference
+from functrain.tree.text import listed
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +44,7 @@ class Accumulated:
         return mean(self.sums, self.weights)
 
     def total(self) -> PyTree:
-        """The sum of weight * gradient: where every weight is 1, the plain sum of Burn's `GradientsAccumulator`."""
+        """The sum of weight * gradient: where every weight is 1, the plain sum."""
         return self.sums
 
 
@@ -109,7 +107,7 @@ def _added(acc: Accumulated, new: Accumulated) -> Accumulated:
         return Accumulated(_add(acc.sums, new.sums), acc.weights + new.weights)
     if unknown := [part for part in new.sums if part not in acc.sums]:
         raise AccumulationError(
-            f"the gradients have {listed(unknown)}, which the accumulator has not: it holds {listed(acc.sums)};"
+            f"the gradients have {listed(unknown)}, not in the accumulator: it holds {listed(acc.sums)};"
             " start it with ft.zeros() of all the parts that will be added"
         )
     sums, weights = dict(acc.sums), dict(acc.weights)
@@ -120,8 +118,7 @@ def _added(acc: Accumulated, new: Accumulated) -> Accumulated:
 
 
 def _add(sums: PyTree, new: PyTree, where: str = "") -> PyTree:
-    if not same_structure(sums, new):
-        differs = difference(flatten(new), flatten(sums)) or "have other node types or static fields"
+    if differs := structure_difference(new, sums):
         raise AccumulationError(f"the gradients{where} do not fit the accumulator: the tree {differs}")
     shapes = {path: jnp.shape(leaf) for path, leaf in flatten(sums).items()}
     wrong = {path: jnp.shape(leaf) for path, leaf in flatten(new).items() if jnp.shape(leaf) != shapes[path]}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functrain.paths import Flat
+from functrain.tree.paths import Flat
 
 _RATES = {"learning_rate", "setting"}  # Of with_lr: the new optimizer's own.
 

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from functrain.errors import AuditError
 from functrain.optimizer import Optimizer
-from functrain.partition import Partition, aligned, in_bytes
-from functrain.paths import PyTree, listed, non_float
 from functrain.phases import Alternation, Phase
-from functrain.reach import AuditError
 from functrain.routes import Route, Weight
 from functrain.tracing import Inputs, Seen, backward_flops, seen
+from functrain.tree.partition import Partition
+from functrain.tree.paths import PyTree
+from functrain.tree.selectors import non_float
+from functrain.tree.text import aligned, bytes_in_words, listed
 
 LEVELS = ("error", "warning", "note")
 
@@ -68,7 +70,7 @@ class Audit:
                 cell = f"{sum(path in reached for path in paths)}/{len(paths)}"
                 cells.append(cell if loss in self.taken[part] else f"({cell})")
             shapes = [leaf.shape for leaf in self.parts.leaves if leaf.part == part and leaf.shape is not None]
-            state = in_bytes(self.state_bytes[part]) if part in self.state_bytes else "-"
+            state = bytes_in_words(self.state_bytes[part]) if part in self.state_bytes else "-"
             share = f"{self.backward[part]:.0%}" if part in self.trained else "frozen"
             rows.append([part, *cells, f"{sum(map(math.prod, shapes)):,}", state, share])
         table = aligned(rows, [str.ljust, *[str.rjust] * (len(rows[0]) - 1)])

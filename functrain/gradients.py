@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functrain.partition import Partition
-from functrain.paths import PyTree, flatten, listed, non_float
+from functrain.errors import LossError
 from functrain.reach import check_reached, tagged
-from functrain.routes import LossError, Route, Weight, Weighting, normalised, weighted_sum, weightings
+from functrain.routes import Route, Weight, Weighting, normalised, weighted_sum, weightings
+from functrain.tree.partition import Partition
+from functrain.tree.paths import PyTree, flatten
+from functrain.tree.selectors import non_float
+from functrain.tree.text import listed
 
 CONTEXT = ("key", "model_state", "step")
 

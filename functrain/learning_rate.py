@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from functrain.optimizer_state import OptimizerError
+from functrain.errors import OptimizerError
 
 
 class WithLrState(NamedTuple):

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from functrain.adopt import Adoption, adopted
+from functrain.errors import OptimizerError, PartitionError
 from functrain.learning_rate import rates_in, with_rate
-from functrain.optimizer_state import OptimizerError, in_one_dtype, like_before, placed, state_shardings, strong
-from functrain.partition import Partition, Split, table
-from functrain.paths import PartitionError, PyTree, around_first_difference, flatten, listed, non_float, unflatten
-from functrain.telemetry import global_norm
+from functrain.optimizer_state import in_one_dtype, like_before, placed, state_shardings
+from functrain.tree.arrays import as_array, global_norm
+from functrain.tree.partition import Partition, Split, table
+from functrain.tree.paths import PyTree, flatten, unflatten
+from functrain.tree.selectors import non_float
+from functrain.tree.text import around_first_difference, listed
 
 
 class Frozen:
@@ -96,7 +99,7 @@ class Optimizer:
         self._check_params(split)
         opt_state = {}
         for part in self.trained:
-            opt_state[part] = placed(jax.tree.map(strong, self._tx(part).init(split[part])), split[part])
+            opt_state[part] = placed(jax.tree.map(as_array, self._tx(part).init(split[part])), split[part])
             if len(rates_in(opt_state[part])) > 1:
                 raise OptimizerError(
                     f"part {part!r} has {len(rates_in(opt_state[part]))} with_lr, of which lr={{{part!r}: ...}} could"

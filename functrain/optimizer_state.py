@@ -6,22 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from functrain.paths import difference, flatten, same_structure
-
-
-class OptimizerError(ValueError):
-    """Transforms, gradients, rates or states that do not fit the parts of an optimizer."""
-
-
-def strong(leaf: Any, dtype: Any = None) -> jax.Array:
-    """The leaf as an array of a dtype, by default its own, that does not yield to others."""
-    array = jnp.asarray(leaf)
-    dtype = dtype or array.dtype
-    return array if array.dtype == dtype and not _is_weak(array) else jax.lax.convert_element_type(array, dtype)
-
-
-def _is_weak(array: Any) -> bool:
-    return getattr(array, "weak_type", False)  # Arrays of random keys have no such attribute.
+from functrain.errors import OptimizerError
+from functrain.tree.arrays import as_array, replicated_like
+from functrain.tree.paths import structure_difference
 
 
 def in_one_dtype(
@@ -55,13 +42,12 @@ def _path_among(params: Mapping[str, Any], keys: tuple[Any, ...]) -> str | None:
 
 def like_before(new: Any, old: Any, part: str) -> Any:
     """A state as its transform returned it, with the dtypes of the state before."""
-    if not same_structure(new, old):
-        differs = difference(flatten(new), flatten(old)) or "has other node types or static fields"
+    if differs := structure_difference(new, old):
         raise OptimizerError(
             f"part {part!r}: the state that its transform returns is not of the structure of the one it was given: it"
             f" {differs}; if the state was restored, restore it like optim.init(params)"
         )
-    return jax.tree.map(lambda after, before: strong(after, jnp.result_type(before)), new, old)
+    return jax.tree.map(lambda after, before: as_array(after, jnp.result_type(before)), new, old)
 
 
 def placed(state: Any, params: Mapping[str, Any]) -> Any:
@@ -70,19 +56,13 @@ def placed(state: Any, params: Mapping[str, Any]) -> Any:
     committed = {path: p.sharding for path, p in params.items() if p.committed} if concrete else {}
     if not committed:
         return state
-    shardings = {path: committed.get(path) or _replicated_like(committed) for path in params}
+    shardings = {path: committed.get(path) or replicated_like(next(iter(committed.values()))) for path in params}
     return jax.device_put(state, state_shardings(state, params, shardings))
-
-
-def _replicated_like(shardings: Mapping[str, Any]) -> Any:
-    """The sharding of what all devices hold alike, on the mesh of some shardings."""
-    like = next(iter(shardings.values()))
-    return jax.NamedSharding(like.mesh, jax.P()) if isinstance(like, jax.NamedSharding) else like
 
 
 def state_shardings(state: Any, params: Mapping[str, Any], shardings: Mapping[str, Any]) -> Any:
     """A parameter's sharding for each leaf of a state that is named and shaped like it, replicated for the others."""
-    replicated = _replicated_like(shardings)
+    replicated = replicated_like(next(iter(shardings.values())))
 
     def of(keys: tuple[Any, ...], leaf: Any) -> Any:
         path = _path_among(params, keys)

@@ -5,16 +5,13 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from functrain.errors import PartitionError, PhaseError
 from functrain.optimizer import Optimizer
-from functrain.paths import PartitionError, listed
 from functrain.routes import Route, Weight
+from functrain.tree.text import listed
 
 Turn = tuple[int, ...]
 """The phases, by index, that make a step each on one batch, or with accumulation on one window, in order."""
-
-
-class PhaseError(ValueError):
-    """Phases that do not fit each other or the optimizer."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from functrain.partition import Partition
-from functrain.paths import PartitionError, PyTree, non_float
+from functrain.errors import PartitionError
+from functrain.tree.partition import Partition
+from functrain.tree.paths import PyTree
+from functrain.tree.selectors import non_float
 
 
 class LossScaleState(NamedTuple):

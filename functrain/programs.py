@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 
 from functrain.accumulate import Accumulated
+from functrain.errors import UpdateError
 from functrain.phases import Turn
-from functrain.state import Form, TrainState, UpdateError, lasting, put_together, taken_apart
+from functrain.state import Form, TrainState, lasting, put_together, taken_apart
 from functrain.step import Metrics, Step
 from functrain.turns import Body, many_turns, one_step, one_turn
 

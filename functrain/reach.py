@@ -7,12 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from functrain.partition import Partition
-from functrain.paths import listed
-
-
-class AuditError(ValueError):
-    """A trained part that no loss reaches."""
+from functrain.errors import AuditError
+from functrain.tree.partition import Partition
+from functrain.tree.text import listed
 
 
 def tagged(split: Mapping[str, Mapping[str, Any]], record: Callable[[set[tuple[str, str]]], None]) -> Any:

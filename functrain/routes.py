@@ -5,14 +5,11 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from functrain.paths import listed
+from functrain.errors import LossError
+from functrain.tree.text import listed
 
 Weight = float | Callable[[Any], Any]
 Route = Mapping[str, str | Sequence[str] | Mapping[str, Weight]]
-
-
-class LossError(ValueError):
-    """A loss function, what it returned, or a route of its losses, that no gradient can be taken of."""
 
 
 class Weighting(NamedTuple):

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.accumulate import Accumulated
+from functrain.errors import UpdateError
 from functrain.optimizer import Optimizer
-from functrain.paths import PyTree, flatten, listed
-
-
-class UpdateError(ValueError):
-    """A state, a batch or an option that does not fit an update."""
+from functrain.tree.arrays import as_array, committed_sharding, replicated_over
+from functrain.tree.paths import PyTree, flatten
+from functrain.tree.text import listed
 
 
 @jax.tree_util.register_dataclass
@@ -95,7 +94,7 @@ def initial_state(
     replicated = replicated_over(params)
 
     def commit(leaf: Any) -> Any:
-        return leaf if replicated is None or _committed(leaf) else jax.device_put(leaf, replicated)
+        return leaf if replicated is None or committed_sharding(leaf) else jax.device_put(leaf, replicated)
 
     on_device = {
         field: jax.tree.map(lambda leaf: commit(own(leaf)), getattr(state, field))
@@ -114,7 +113,7 @@ def abstract_state(
     )  # fmt: skip
     replicated = replicated_over(params)
     if replicated is not None:
-        laid_out, *rest = jax.tree.map(lambda leaf: _committed(leaf) or replicated, (params, model_state, key))
+        laid_out, *rest = jax.tree.map(lambda leaf: committed_sharding(leaf) or replicated, (params, model_state, key))
         shardings = (laid_out, optim.shardings(laid_out), *rest, jax.tree.map(lambda leaf: replicated, shapes[4]))
         shapes = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
@@ -177,24 +176,3 @@ def put_together(form: Form, leaves: list[Any], **others: Any) -> TrainState:
     state = object.__new__(TrainState)
     state.__dict__.update(others, _form=form, _leaves=leaves)
     return state
-
-
-def as_array(leaf: Any) -> jax.Array:
-    """A jax array of a definite dtype; numpy's memory is copied, as donation would hand it to XLA."""
-    array = leaf if isinstance(leaf, jax.Array) else jnp.array(leaf, copy=True)
-    is_weak = getattr(array, "weak_type", False)
-    return jax.lax.convert_element_type(array, array.dtype) if is_weak else array
-
-
-def _committed(leaf: Any) -> Any:
-    """The sharding that a leaf was put to by its user, if any."""
-    return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
-
-
-def replicated_over(params: PyTree) -> jax.NamedSharding | None:
-    """The sharding of what all devices hold alike, if params are laid out over several devices."""
-    for leaf in jax.tree.leaves(params):
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, jax.NamedSharding) and sharding.mesh.size > 1:
-            return jax.NamedSharding(sharding.mesh, jax.P())
-    return None

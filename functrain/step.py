@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from functrain.accumulate import accumulate, zeros
+from functrain.errors import LossError, UpdateError
 from functrain.gradients import Loss
 from functrain.optimizer import Optimizer
-from functrain.paths import PyTree, difference, flatten, listed, same_structure
 from functrain.precision import DynamicScale
-from functrain.routes import LossError
-from functrain.state import TrainState, UpdateError, as_array
+from functrain.state import TrainState
 from functrain.telemetry import by_part
+from functrain.tree.arrays import as_array, is_finite
+from functrain.tree.paths import PyTree, flatten, structure_difference
+from functrain.tree.text import listed
 
 Metrics = dict[str, Any]
 After = Callable[[PyTree, Any, Any], tuple[PyTree, Any]]
@@ -95,7 +97,7 @@ class Step:
             grads, loss, total = self.gradient(state.params, batch, given, scale)
             new = _like(loss.model_state, model_state, "the model_state that the loss function returned")
             if self.skips:
-                new = _where(_finite(grads), new, model_state)
+                new = _where(is_finite(grads), new, model_state)
             return grads, _metrics(loss, total), loss.weight, new
 
         if self.microbatches == 1:
@@ -138,7 +140,7 @@ class Step:
 
         scale = state.loss_scale
         if self.skips:
-            nonfinite = {part: ~_finite(flat) for part, flat in grads.items()}
+            nonfinite = {part: ~is_finite(flat) for part, flat in grads.items()}
             skipped = jnp.any(jnp.stack(list(nonfinite.values())))
             no_telemetry = jax.eval_shape(applied)[3] if measured else {}
             none = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), no_telemetry)
@@ -193,18 +195,13 @@ def _sliced(batch: Any, count: int) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1), batch)
 
 
-def _finite(tree: Any) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
-
-
 def _where(condition: jax.Array, one: Any, other: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
 
 
 def _like(new: Any, old: Any, what: str) -> Any:
     """The new tree, if it has the structure, shapes and dtypes of the old one: else the update would compile anew."""
-    if not same_structure(new, old):
-        differs = difference(flatten(new), flatten(old)) or "has other node types or static fields"
+    if differs := structure_difference(new, old):
         raise LossError(f"{what} must be of the structure that update.init was given: it {differs}")
     types = [
         {path: (jnp.shape(leaf), jnp.result_type(leaf)) for path, leaf in flatten(tree).items()} for tree in (new, old)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from functrain.paths import PyTree
+from functrain.tree.arrays import global_norm
 
 
 def by_part(
@@ -40,9 +40,3 @@ def by_part(
         if part in rates:
             telemetry[part]["learning_rate"] = rates[part]
     return telemetry
-
-
-def global_norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm of all leaves together, computed in float32 or wider."""
-    wide = [jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32)) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(jnp.sum(jnp.square(jnp.abs(leaf))) for leaf in wide))

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from functrain.flow import Marks, flow
 from functrain.gradients import make_gradient, make_losses
-from functrain.partition import Partition
-from functrain.paths import PyTree, non_float
 from functrain.phases import Phase
 from functrain.routes import normalised
+from functrain.tree.partition import Partition
+from functrain.tree.paths import PyTree
+from functrain.tree.selectors import non_float
 
 
 class Inputs(NamedTuple):

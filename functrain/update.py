@@ -11,22 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.adopt import Adoption
+from functrain.errors import PhaseError, UpdateError
 from functrain.gradients import accepted_context, make_gradient
 from functrain.optimizer import Optimizer
-from functrain.paths import PyTree, flatten, listed
-from functrain.phases import Alternation, Phase, PhaseError, period
+from functrain.phases import Alternation, Phase, period
 from functrain.precision import DynamicScale, caster
 from functrain.programs import Call, Program
 from functrain.routes import Route, Weight
-from functrain.state import (
-    Form,
-    TrainState,
-    UpdateError,
-    abstract_state,
-    initial_state,
-    taken_apart,
-)
+from functrain.state import Form, TrainState, abstract_state, initial_state, taken_apart
 from functrain.step import After, Metrics, Step
+from functrain.tree.paths import PyTree, flatten
+from functrain.tree.text import listed
 from functrain.turns import many_turns, one_turn
 
 

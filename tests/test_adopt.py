@@ -13,7 +13,7 @@ from test_checkpoints import bits
 from trees import says
 
 import functrain as ft
-from functrain.loop.fingerprint import CheckpointError
+from functrain.errors import CheckpointError
 
 SGD, MOMENTUM, ADAM = optax.sgd(0.1), optax.sgd(0.1, momentum=0.9), optax.adam(0.1)
 A, B = "layer_a", "layer_b"

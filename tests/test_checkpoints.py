@@ -28,9 +28,8 @@ from flax import nnx
 from trees import KEYS, Model, Pair, nnx_model, says
 
 import functrain as ft
+from functrain.errors import CheckpointError, SaveError
 from functrain.loop import manifest
-from functrain.loop.checkpoints import SaveError
-from functrain.loop.fingerprint import CheckpointError
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -635,7 +634,7 @@ PRELUDE = """
     import jax, jax.numpy as jnp, numpy as np, optax
     jax.config.update("jax_platforms", "cpu")
     import functrain as ft
-    from functrain.loop.checkpoints import CheckpointError, SaveError
+    from functrain.errors import CheckpointError, SaveError
 
     params = {"w": jax.random.normal(jax.random.key(0), (100_000,))}
     optim = ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.sgd(0.1)})

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import datasets
 
-from functrain.loop.data import DataError, from_arrays, from_tfds
+from functrain.errors import DataError
+from functrain.loop.data import from_arrays, from_tfds
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -13,7 +13,8 @@ import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, roc_auc_score, top_k_accuracy_score
 
 import functrain as ft
-from functrain.loop import ConfusionMatrix, EvaluationError, OnHost, TopK
+from functrain.errors import EvaluationError
+from functrain.loop.metrics import ConfusionMatrix, OnHost, TopK
 
 # Small integers over 16 examples: every sum and every mean below is exact in float32.
 X = np.array([3, -1, 4, 1, -5, 9, 2, 6, 5, -3, 5, 8, -9, 7, 9, 3], np.float32)
@@ -352,7 +353,8 @@ TWO_PROCESSES = """
 import sys
 import jax, numpy as np
 import functrain as ft
-from functrain.loop import ConfusionMatrix, EvaluationError, OnHost
+from functrain.errors import EvaluationError
+from functrain.loop.metrics import ConfusionMatrix, OnHost
 
 jax.config.update("jax_platforms", "cpu")
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))

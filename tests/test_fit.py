@@ -19,7 +19,8 @@ import pytest
 from test_evaluation import compilations
 
 import functrain as ft
-from functrain.loop import CadenceError, CheckpointError, FitError, NonFiniteError, read_json_lines
+from functrain.errors import CadenceError, CheckpointError, FitError, NonFiniteError
+from functrain.loop.logs import read_json_lines
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(18, 3)).astype(np.float32)  # In batches of 4 the last one of the five is short.

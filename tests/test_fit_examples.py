@@ -13,7 +13,7 @@ import pytest
 from test_examples import EXAMPLES, run
 
 import functrain as ft
-from functrain.loop import read_json_lines
+from functrain.loop.logs import read_json_lines
 
 EPOCHS = 5
 

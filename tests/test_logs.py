@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from functrain.loop.logs import JsonLines, LogError, TensorBoard, flattened, read_json_lines
+from functrain.errors import LogError
+from functrain.loop.logs import JsonLines, TensorBoard, flattened, read_json_lines
 
 LOG_UNTIL_KILLED = """
 import itertools, sys

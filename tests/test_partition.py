@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from trees import TREES, Model, Pair, any_trees, cases, identical, nnx_params, quick, rules_for, says, trees
 
 import functrain as ft
-from functrain.paths import matcher
+from functrain.tree.selectors import matcher
 
 PARAMS = {"conv": {"kernel": 1.0, "bias": 2.0}, "head": {"kernel": 3.0, "bias": 4.0}}
 PARTS = ft.partition(PARAMS, {"conv": "conv", "bias": "**/bias", "rest": ...})

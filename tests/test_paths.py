@@ -28,7 +28,8 @@ from trees import (
 )
 
 import functrain as ft
-from functrain.paths import matcher, same_structure
+from functrain.tree.paths import same_structure
+from functrain.tree.selectors import matcher
 
 
 def paths(tree):

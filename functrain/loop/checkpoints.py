@@ -20,27 +20,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from functrain.errors import CheckpointError, SaveError
 from functrain.loop import manifest
 from functrain.loop.every import Every
 from functrain.loop.facts import decoded, encoded, facts_of
-from functrain.loop.fingerprint import (
-    CheckpointError,
-    differences,
-    listed_lines,
-    named_leaves,
-    rebuilt,
-    shape_dtype,
-)
+from functrain.loop.fingerprint import differences, named_leaves, rebuilt, shape_dtype
 from functrain.loop.folder import Folder
 from functrain.loop.placement import apart, own, places, target
 from functrain.loop.regroup import regrouped
 from functrain.state import TrainState
+from functrain.tree.text import listed_lines
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/.*")
-
-
-class SaveError(OSError):
-    """A checkpoint that could not be written. The one before it is whole, and the next save is tried as ever."""
 
 
 class Restored(NamedTuple):

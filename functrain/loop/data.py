@@ -12,12 +12,10 @@ import numpy as np
 if TYPE_CHECKING:
     import grain
 
+from functrain.errors import DataError
+
 Batch: TypeAlias = dict[str, Any]
 Last: TypeAlias = Literal["keep", "drop", "pad"]
-
-
-class DataError(ValueError):
-    """Data that cannot be batched as asked."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,15 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from functrain.errors import EvaluationError
 from functrain.gradients import Loss
 from functrain.loop.every import Every
 from functrain.loop.metrics import OnHost
-from functrain.paths import PyTree, listed
-from functrain.state import replicated_over
-
-
-class EvaluationError(ValueError):
-    """An evaluation step or a metric whose results have no mean."""
+from functrain.tree.arrays import replicated_over
+from functrain.tree.paths import PyTree
+from functrain.tree.text import listed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,9 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
-
-class CadenceError(ValueError):
-    """A cadence that is none."""
+from functrain.errors import CadenceError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from functrain.loop.fingerprint import CheckpointError, fingerprint, named_leaves, spec, window_form
+from functrain.errors import CheckpointError
+from functrain.loop.fingerprint import fingerprint, named_leaves, spec, window_form
 from functrain.state import TrainState
 
 _PACKAGES = ("functrain", "jax", "optax", "orbax-checkpoint", "numpy")

@@ -9,15 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.accumulate import Accumulated
-from functrain.paths import flatten, unflatten
+from functrain.errors import CheckpointError
 from functrain.state import TrainState
+from functrain.tree.paths import flatten, unflatten
 
 FIELDS = ("params", "opt_state", "model_state", "key", "loss_scale", "step", "batches", "pending")
-_MOST = 10
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not fit the state that is asked for, or that cannot be used."""
 
 
 def named_leaves(state: TrainState) -> dict[str, Any]:
@@ -93,12 +89,6 @@ def _of_configuration(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         if saved[option] != now[option]:
             lines.append(f"{option}: saved as {saved[option]}, now {now[option]}")
     return lines
-
-
-def listed_lines(lines: list[str]) -> str:
-    """At most ten lines, indented, then a count."""
-    more = [f"... and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
-    return "".join(f"\n  {line}" for line in lines[:_MOST] + more)
 
 
 # A pending window. The form of its metrics is known to the loss function alone, so that it is saved with it.

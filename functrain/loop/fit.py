@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from functrain.errors import FitError
 from functrain.learning_rate import rates_in
 from functrain.loop.checkpoints import Checkpoints
 from functrain.loop.evaluation import Evaluation, placed
@@ -26,10 +27,6 @@ from functrain.state import TrainState
 from functrain.update import Update
 
 _LOG = "log.jsonl"
-
-
-class FitError(ValueError):
-    """Options of a run that don't fit each other or the update."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from functrain.errors import CheckpointError
 from functrain.loop import manifest
-from functrain.loop.fingerprint import CheckpointError
 from functrain.state import TrainState
 
 _NAME = re.compile(r"(\d+)(?:\+(\d+))?(?:~(\d+))?")

@@ -14,13 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 # By what Python calls them, and by what JSON's users do.
+from functrain.errors import LogError
+
 _SPELLED = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 _NON_FINITE = {spelled: float(name) for name, spelled in _SPELLED.items()}
 _MOST_ELEMENTS = 16
-
-
-class LogError(ValueError):
-    """A metric, a log or a file of logs that cannot be used as it is."""
 
 
 class Logger(Protocol):

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.loop.fingerprint import named_leaves, shape_dtype
-from functrain.paths import flatten
-from functrain.state import TrainState, replicated_over
+from functrain.state import TrainState
+from functrain.tree.arrays import committed_sharding, replicated_over
+from functrain.tree.paths import flatten
 
 _COUNTERS = ("step", "batches", "pending")
 _KEYS = ("threefry2x32", "rbg", "unsafe_rbg")
@@ -19,11 +20,8 @@ _KEYS = ("threefry2x32", "rbg", "unsafe_rbg")
 def places(names: Iterable[str], configuration: Mapping[str, Any], like: TrainState) -> dict[str, Any]:
     """The sharding of each leaf: where the state that is asked for has it; None where JAX may move it, as in there."""
 
-    def asked(leaf: Any) -> Any:
-        return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
-
-    here = {name: asked(leaf) for name, leaf in named_leaves(like).items()}
-    of_params = {path: asked(leaf) for path, leaf in flatten(like.params).items()}
+    here = {name: committed_sharding(leaf) for name, leaf in named_leaves(like).items()}
+    of_params = {path: committed_sharding(leaf) for path, leaf in flatten(like.params).items()}
     for part, paths in configuration.get("parts", {}).items():
         here |= {f"window/sums/0/{part}/{path}": of_params.get(path) for path in paths}
     return {name: here.get(name) or replicated_over(like.params) for name in names}

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 
 from functrain.adopt import Adoption, adopted
-from functrain.loop.fingerprint import CheckpointError, differences, listed_lines, named_leaves
+from functrain.errors import CheckpointError
+from functrain.loop.fingerprint import differences, named_leaves
 from functrain.state import TrainState
+from functrain.tree.text import listed_lines
 
 _PREFIX = "opt_state/"
 

@@ -7,21 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from functrain.loop.checkpoints import Checkpoints, SaveError
+from functrain.errors import NonFiniteError, SaveError
+from functrain.loop.checkpoints import Checkpoints
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every, Moment
 from functrain.loop.hooks import Hook
 from functrain.loop.logs import Logger, flattened
-from functrain.paths import listed
 from functrain.state import TrainState
+from functrain.tree.arrays import is_finite
+from functrain.tree.text import listed
 from functrain.update import Update
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or a parameter became NaN or infinite."""
 
 
 class Run:
@@ -254,4 +251,4 @@ def _title(row: Mapping[str, Any]) -> tuple[Any, ...]:
 @jax.jit
 def _finite(leaves: dict[str, list[Any]]) -> dict[str, Any]:
     """Whether every number of each part is finite."""
-    return {part: jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in each])) for part, each in leaves.items()}
+    return {part: is_finite(each) for part, each in leaves.items()}

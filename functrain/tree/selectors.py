@@ -1,71 +1,20 @@
-"""Leaf names, and the selectors that pick leaves by name.
-
-A leaf's path is its keys joined by `/`. It is the one vocabulary of functrain: the same selectors say
-which optimizer a leaf gets, whether it is differentiated, where it is clipped and how it is logged.
-"""
+"""The selectors that pick leaves by path: strings, regular expressions, functions, sequences of these, and `...`."""
 
 import difflib
 import fnmatch
 import glob
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 
-PyTree: TypeAlias = Any
-Flat: TypeAlias = dict[str, Any]
+from functrain.errors import PartitionError
+from functrain.tree.paths import Flat, PyTree, flatten
+from functrain.tree.text import leaves_in_words, listed
+
 Selector: TypeAlias = "str | re.Pattern[str] | Callable[[str, Any], bool] | EllipsisType | Sequence[Selector]"
-
-
-class PartitionError(ValueError):
-    """A selector, a rule or a tree that does not fit the leaves it is meant for."""
-
-
-def flatten(tree: PyTree) -> Flat:
-    """Returns the leaves of a tree as a plain dict from path to leaf.
-
-    >>> flatten({"conv": {"kernel": 1.0, "bias": 2.0}, "heads": [3.0, None]})
-    {'conv/bias': 2.0, 'conv/kernel': 1.0, 'heads/0': 3.0}
-
-    Args:
-      tree: any pytree. The key that a `flax.nnx.Variable` adds beneath itself is no part of a path.
-
-    Returns:
-      `{path: leaf}` in the tree's order; the leaves themselves, not copies.
-
-    Raises:
-      PartitionError: two leaves have one path.
-    """
-    flat: Flat = {}
-    for path, leaf in _named_leaves(tree):
-        if path in flat:
-            raise PartitionError(
-                f"two leaves have the path {path!r}: a key that contains '/' reads like two keys; rename one of them"
-            )
-        flat[path] = leaf
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any], like: PyTree) -> PyTree:
-    """Puts the leaves of a flat dict into a tree of another tree's type: the inverse of `flatten`.
-
-    >>> unflatten({"a/0": 1.0, "a/1": 2.0}, like={"a": (0.0, 0.0)})
-    {'a': (1.0, 2.0)}
-
-    Args:
-      flat: `{path: leaf}` with exactly the paths of `like`; the leaves may be anything.
-      like: any pytree; only its structure is used.
-
-    Raises:
-      PartitionError: a path is missing, or one is there that `like` has not.
-    """
-    paths = flatten(like)
-    check_paths(flat, paths, "the flat tree")
-    return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in paths])
 
 
 def non_float(path: str, leaf: Any) -> bool:
@@ -120,6 +69,35 @@ def matcher(selector: Selector) -> Callable[[str, Any], bool]:
     )
 
 
+def take(tree: PyTree, selector: Selector) -> tuple[Flat, Flat]:
+    """Takes the leaves that a selector matches out of a tree.
+
+    >>> grads = {"conv": {"kernel": 1.0, "bias": 2.0}, "head": 3.0}
+    >>> bias, rest = take(grads, "conv/bias")
+    >>> conv, rest = take(rest, "conv")
+    >>> conv, rest
+    ({'conv/kernel': 1.0}, {'head': 3.0})
+
+    Args:
+      tree: any pytree, or what an earlier `take` left.
+      selector: see `functrain.tree.selectors.matcher`.
+
+    Returns:
+      What it took and what is left, both `{path: leaf}`.
+
+    Raises:
+      PartitionError: it takes nothing: misspelt, or taken before.
+    """
+    flat = flatten(tree)
+    if problem := unmatched(selector, flat):
+        raise PartitionError(
+            f"take: {problem} (or an earlier take has it: what one takes is gone from the rest that it returns)"
+        )
+    takes = matcher(selector)
+    taken = {path: leaf for path, leaf in flat.items() if takes(path, leaf)}
+    return taken, {path: leaf for path, leaf in flat.items() if path not in taken}
+
+
 def unmatched(selector: Selector, flat: Flat) -> str | None:
     """Says what is wrong with a selector of which some member matches no leaf at all, or returns None."""
     if isinstance(selector, Sequence) and not isinstance(selector, str):
@@ -152,66 +130,6 @@ def describe(selector: Selector) -> str:
     return getattr(selector, "__name__", None) or repr(selector)
 
 
-def check_paths(given: Iterable[str], expected: Iterable[str], what: str) -> None:
-    """Raises a PartitionError unless both are the same paths, saying which are missing and which are extra."""
-    if differs := difference(given, expected):
-        raise PartitionError(f"{what} {differs}")
-
-
-def difference(given: Iterable[str], expected: Iterable[str]) -> str:
-    """Says which of the expected paths are missing and which of the given ones are extra; empty where none is."""
-    given, expected = dict.fromkeys(given), dict.fromkeys(expected)
-    missing = [path for path in expected if path not in given]
-    extra = [path for path in given if path not in expected]
-    lacks = f"lacks {listed(missing)}" if missing else ""
-    has = f"has {listed(extra)}, which is not expected" if extra else ""
-    return " and ".join(filter(None, (lacks, has)))
-
-
-def same_structure(one: PyTree, other: PyTree) -> bool:
-    """Whether two trees have the same node types, keys and static fields."""
-    structure: Any = jax.tree.structure(one)
-    return bool(structure == jax.tree.structure(other))
-
-
-def around_first_difference(one: object, other: object, margin: int = 40) -> tuple[str, str]:
-    """What two things that look alike say where they first differ, in quotes."""
-    texts = (str(one), str(other))
-    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
-    window = slice(max(0, same - margin), same + margin)
-    return f"'...{texts[0][window]}...'", f"'...{texts[1][window]}...'"
-
-
-def listed(names: Iterable[str], most: int = 10) -> str:
-    """At most ten names in quotes, then a count of the others."""
-    quoted = [repr(name) for name in names]
-    rest = len(quoted) - most
-    return ", ".join(quoted[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def counted(leaves: int) -> str:
-    """A number of leaves in words."""
-    return f"{leaves:,} {'leaf' if leaves == 1 else 'leaves'}"
-
-
-def _named_leaves(tree: PyTree) -> Iterable[tuple[str, Any]]:
-    nnx = sys.modules.get("flax.nnx")
-
-    def is_variable(node: Any) -> bool:
-        return nnx is not None and isinstance(node, nnx.Variable)
-
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable):
-        if is_variable(leaf):
-            for inner, value in jax.tree_util.tree_leaves_with_path(leaf):
-                yield _join(keys + inner[1:]), value
-        else:
-            yield _join(keys), leaf
-
-
-def _join(keys: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
-
-
 def _glob(selector: str) -> Callable[[str], bool]:
     """Compiles a string selector: does it match the first segments of a path, or all of them?"""
     patterns = [None if name == "**" else re.compile(fnmatch.translate(name)).match for name in selector.split("/")]
@@ -241,7 +159,8 @@ def _nearest(selector: str, flat: Flat) -> str:
         names = difflib.get_close_matches(selector, dict.fromkeys(as_deep + anywhere), cutoff=0.7)
         close = [name if name.startswith("**/") else glob.escape(name) for name in names]
     if close:
-        return "did you mean " + " or ".join(f"{name!r} ({counted(_count(name, flat))})" for name in close) + "?"
+        counts = (f"{name!r} ({leaves_in_words(_count(name, flat))})" for name in close)
+        return f"did you mean {' or '.join(counts)}?"
     top = [subtree for subtree in subtrees if "/" not in subtree] or subtrees
     return f"the tree has {listed(top)}"
 

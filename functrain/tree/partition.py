@@ -4,27 +4,16 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from functrain.paths import (
-    Flat,
-    PartitionError,
-    PyTree,
-    Selector,
-    around_first_difference,
-    check_paths,
-    counted,
-    describe,
-    difference,
-    flatten,
-    listed,
-    matcher,
-    unmatched,
-)
+from functrain.errors import PartitionError
+from functrain.tree.paths import Flat, PyTree, check_paths, difference_from, flatten
+from functrain.tree.selectors import Selector, describe, matcher, unmatched
+from functrain.tree.text import aligned, bytes_in_words, leaves_in_words, listed
 
 Split = dict[str, Flat]
 
@@ -167,10 +156,7 @@ class Partition:
         leaves, treedef = jax.tree.flatten(tree)
         if treedef == self.treedef:
             return leaves
-        differs = difference(flatten(tree), [leaf.path for leaf in self.leaves])
-        if not differs:
-            given, expected = around_first_difference(treedef, self.treedef)
-            differs = f"has the same paths, but its node types or static fields differ: {given} where {expected} was"
+        differs = difference_from(tree, self.treedef, [leaf.path for leaf in self.leaves])
         raise PartitionError(
             f"{what} is not of the structure that was partitioned: it {differs}; give a tree like the one that"
             " partition() was given, or make a partition of this one"
@@ -180,7 +166,7 @@ class Partition:
         return self.table()
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{part}: {counted(len(self._index[part]))}" for part in self.names)
+        counts = ", ".join(f"{part}: {leaves_in_words(len(self._index[part]))}" for part in self.names)
         return f"Partition({counts})"
 
 
@@ -193,12 +179,11 @@ def partition(
     >>> partition(params, {"biases": "**/bias", "head": "head", "rest": ...})
     Partition(biases: 2 leaves, head: 1 leaf, rest: 1 leaf)
 
-    Rules are tried in order, and the first that matches takes the leaf, as Burn's `GradientsParams::from_module`
-    takes gradients out of those that are left.
+    Rules are tried in order, and the first that matches takes the leaf.
 
     Args:
       params: any pytree of arrays or `jax.ShapeDtypeStruct`s; non-array leaves are kept.
-      rules: `{part: selector}`; see `functrain.paths.matcher` for selectors. `...` is all that is left.
+      rules: `{part: selector}`; see `functrain.tree.selectors.matcher` for selectors. `...` is all that is left.
       overlap: "first": the first rule takes a leaf that several match; "error": that is an error. A rule that is
         `...` never overlaps.
 
@@ -228,35 +213,6 @@ def partition(
     )
 
 
-def take(tree: PyTree, selector: Selector) -> tuple[Flat, Flat]:
-    """Takes the leaves that a selector matches out of a tree, as Burn's `GradientsParams::from_module` does.
-
-    >>> grads = {"conv": {"kernel": 1.0, "bias": 2.0}, "head": 3.0}
-    >>> bias, rest = take(grads, "conv/bias")
-    >>> conv, rest = take(rest, "conv")
-    >>> conv, rest
-    ({'conv/kernel': 1.0}, {'head': 3.0})
-
-    Args:
-      tree: any pytree, or what an earlier `take` left.
-      selector: see `functrain.paths.matcher`.
-
-    Returns:
-      What it took and what is left, both `{path: leaf}`.
-
-    Raises:
-      PartitionError: it takes nothing: misspelt, or taken before.
-    """
-    flat = flatten(tree)
-    if problem := unmatched(selector, flat):
-        raise PartitionError(
-            f"take: {problem} (or an earlier take has it: what one takes is gone from the rest that it returns)"
-        )
-    takes = matcher(selector)
-    taken = {path: leaf for path, leaf in flat.items() if takes(path, leaf)}
-    return taken, {path: leaf for path, leaf in flat.items() if path not in taken}
-
-
 def table(parts: Partition, title: str, cells: Sequence[str], *, paths: bool = False) -> str:
     """The parts as a text table whose last column has a title and a cell for each part."""
     rows = [("part", "leaves", "parameters", "bytes", title)]
@@ -267,18 +223,6 @@ def table(parts: Partition, title: str, cells: Sequence[str], *, paths: bool = F
             rows += [(f"  {leaf.path}", "", *_sums([leaf])[1:], _spec(leaf)) for leaf in mine]
     rows.append(("total", *_sums(parts.leaves), ""))
     return aligned(rows, (str.ljust, str.rjust, str.rjust, str.rjust, str.ljust))
-
-
-def aligned(rows: Sequence[Sequence[str]], aligns: Sequence[Callable[[str, int], str]]) -> str:
-    """Rows of cells as lines of text; each column as wide as its widest cell.
-
-    >>> print(aligned([("a", "1"), ("bcd", "23")], (str.ljust, str.rjust)))
-    a     1
-    bcd  23
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ([align(cell, width) for align, cell, width in zip(aligns, row, widths, strict=True)] for row in rows)
-    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def _owners(flat: Flat, rules: Mapping[str, Selector], overlap: str) -> dict[str, str]:
@@ -312,8 +256,8 @@ def _raise_shadowed(part: str, selector: Selector, matched: list[str], earlier: 
     if not earlier:
         raise PartitionError(f"rule {part!r}: {describe(selector)} takes no leaf, as earlier rules took all; remove it")
     raise PartitionError(
-        f"rule {part!r} takes no leaf: {counted(len(matched))} that {describe(selector)} matches went to the earlier"
-        f" rule {listed(earlier)}; put {part!r} before it"
+        f"rule {part!r} takes no leaf: {leaves_in_words(len(matched))} that {describe(selector)} matches went to the"
+        f" earlier rule {listed(earlier)}; put {part!r} before it"
     )
 
 
@@ -342,16 +286,7 @@ def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...] | None, Any]:
 def _sums(leaves: Sequence[Leaf]) -> tuple[str, str, str]:
     sizes = [(math.prod(leaf.shape), leaf.dtype.itemsize) for leaf in leaves if leaf.shape is not None]
     parameters, nbytes = sum(size for size, _ in sizes), sum(size * itemsize for size, itemsize in sizes)
-    return f"{len(leaves):,}", f"{parameters:,}", in_bytes(nbytes)
-
-
-def in_bytes(count: float) -> str:
-    """A number of bytes for a reader: "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+    return f"{len(leaves):,}", f"{parameters:,}", bytes_in_words(nbytes)
 
 
 def _spec(leaf: Leaf) -> str:
