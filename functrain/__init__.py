@@ -6,7 +6,6 @@ A pure `train_step` returns gradients; a partition splits them by path; each par
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from functrain.accumulate import Accumulated, accumulate, zeros
 from functrain.adopt import Adoption
 from functrain.audit import Audit, audit
 from functrain.errors import (
@@ -27,7 +26,9 @@ from functrain.errors import (
     SaveError,
     UpdateError,
 )
-from functrain.gradients import Loss, make_train_step
+from functrain.gradients.accumulation import Accumulated, accumulate, zeros
+from functrain.gradients.loss import Loss
+from functrain.gradients.train_step import make_train_step
 from functrain.learning_rate import with_lr
 from functrain.optimizer import FROZEN, Optimizer
 from functrain.phases import Alternation, Phase, alternate

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from functrain.errors import AuditError
+from functrain.gradients.loss import Context
+from functrain.gradients.routes import Route, Weight
 from functrain.optimizer import Optimizer
 from functrain.phases import Alternation, Phase
-from functrain.routes import Route, Weight
 from functrain.tracing import Inputs, Seen, backward_flops, seen
 from functrain.tree.partition import Partition
 from functrain.tree.paths import PyTree
@@ -135,7 +136,7 @@ def audit(
             loss_fn.check(optim)
     else:
         phases = (Phase("", loss_fn, trained, route=route, loss_weights=loss_weights),)
-    inputs = Inputs.of(parts, params, batch, {"key": key, "model_state": model_state, "step": np.int32(0)})
+    inputs = Inputs.of(parts, params, batch, Context(key, model_state, np.int32(0)))
     traced = [seen(phase, inputs, trained) for phase in phases]
     reached = {loss: paths for one in traced for loss, paths in one.reached.items()}
     taken = {part: tuple(loss for one in traced for loss in one.taken.get(part, ())) for part in parts.names}

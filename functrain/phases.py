@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from functrain.errors import PartitionError, PhaseError
+from functrain.gradients.routes import Route, Weight
 from functrain.optimizer import Optimizer
-from functrain.routes import Route, Weight
 from functrain.tree.text import listed
 
 Turn = tuple[int, ...]

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from functrain.accumulate import Accumulated
 from functrain.errors import UpdateError
+from functrain.gradients.accumulation import Accumulated
 from functrain.phases import Turn
 from functrain.state import Form, TrainState, lasting, put_together, taken_apart
 from functrain.step import Metrics, Step

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functrain.accumulate import Accumulated
 from functrain.errors import UpdateError
+from functrain.gradients.accumulation import Accumulated
 from functrain.optimizer import Optimizer
 from functrain.tree.arrays import as_array, committed_sharding, replicated_over
 from functrain.tree.paths import PyTree, flatten

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from functrain.accumulate import accumulate, zeros
 from functrain.errors import LossError, UpdateError
-from functrain.gradients import Loss
+from functrain.gradients.accumulation import accumulate, zeros
+from functrain.gradients.loss import Context, Loss
 from functrain.optimizer import Optimizer
 from functrain.precision import DynamicScale
 from functrain.state import TrainState
@@ -93,8 +93,8 @@ class Step:
         scale = None if state.loss_scale is None else state.loss_scale.scale
 
         def gradients(batch: Any, key: Any, model_state: Any) -> tuple[Any, Metrics, Any, Any]:
-            given = {"key": key, "model_state": model_state, "step": state.step}
-            grads, loss, total = self.gradient(state.params, batch, given, scale)
+            context = Context(key, model_state, state.step)
+            grads, loss, total = self.gradient(state.params, batch, context, scale)
             new = _like(loss.model_state, model_state, "the model_state that the loss function returned")
             if self.skips:
                 new = _where(is_finite(grads), new, model_state)

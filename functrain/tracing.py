@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from functrain.flow import Marks, flow
-from functrain.gradients import make_gradient, make_losses
+from functrain.gradients.loss import Context, make_losses
+from functrain.gradients.routes import normalised
+from functrain.gradients.train_step import make_gradient
 from functrain.phases import Phase
-from functrain.routes import normalised
 from functrain.tree.partition import Partition
 from functrain.tree.paths import PyTree
 from functrain.tree.selectors import non_float
@@ -25,24 +26,24 @@ class Inputs(NamedTuple):
       arrays: the shapes and dtypes of the parameters, by path.
       rest: the leaves that are no arrays, by path.
       batch: arrays or shapes.
-      given: a value or None for each argument that a loss function may declare.
+      context: what a loss function may declare.
     """
 
     parts: Partition
     arrays: dict[str, jax.ShapeDtypeStruct]
     rest: dict[str, Any]
     batch: Any
-    given: dict[str, Any]
+    context: Context
 
     @classmethod
-    def of(cls, parts: Partition, params: PyTree, batch: Any, given: Mapping[str, Any]) -> "Inputs":
+    def of(cls, parts: Partition, params: PyTree, batch: Any, context: Context) -> "Inputs":
         """The inputs for whole params, of arrays or shapes; without a key any key is given."""
         flat = {path: leaf for leaves in parts.split(params).values() for path, leaf in leaves.items()}
         arrays = {path: leaf for path, leaf in flat.items() if hasattr(leaf, "dtype") or isinstance(leaf, float)}
         shapes = {path: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)) for path, leaf in arrays.items()}
         rest = {path: leaf for path, leaf in flat.items() if path not in arrays}
-        key = jax.eval_shape(lambda: jax.random.key(0)) if given["key"] is None else given["key"]
-        return cls(parts, shapes, rest, batch, {**given, "key": key})
+        key = jax.eval_shape(lambda: jax.random.key(0)) if context.key is None else context.key
+        return cls(parts, shapes, rest, batch, context._replace(key=key))
 
     def params(self, arrays: Mapping[str, Any]) -> PyTree:
         """The whole params with these arrays."""
@@ -73,20 +74,20 @@ def seen(phase: Phase, inputs: Inputs, trained: Sequence[str]) -> Seen:
     floats = {path: leaf for path, leaf in inputs.arrays.items() if not non_float(path, leaf)}
     bits = {path: 1 << i for i, path in enumerate(inputs.arrays)}
 
-    def program(arrays: Any, tangents: Any, batch: Any, given: Any) -> Any:
+    def program(arrays: Any, tangents: Any, batch: Any, context: Any) -> Any:
         def losses(floats: Any) -> Any:
-            return evaluate(inputs.params({**arrays, **floats}), batch, given)[0]
+            return evaluate(inputs.params({**arrays, **floats}), batch, context)[0]
 
         values, linear = jax.linearize(losses, {path: arrays[path] for path in floats})
         return values, linear(tangents)
 
-    jaxpr, shapes = jax.make_jaxpr(program, return_shape=True)(inputs.arrays, floats, inputs.batch, inputs.given)
+    jaxpr, shapes = jax.make_jaxpr(program, return_shape=True)(inputs.arrays, floats, inputs.batch, inputs.context)
 
     def marked(gates: Iterable[str]) -> Any:
         """The marks of the losses and of their tangents, by name, with these leaves as gates."""
         of_arrays = {path: Marks(uses=bit, gates=bit if path in gates else 0) for path, bit in bits.items()}
         of_tangents = {path: Marks(tangents=bits[path], free=bits[path]) for path in floats}
-        others = jax.tree.map(lambda _: Marks(), (inputs.batch, inputs.given))
+        others = jax.tree.map(lambda _: Marks(), (inputs.batch, inputs.context))
         given = jax.tree.leaves((of_arrays, of_tangents, others), is_leaf=lambda node: isinstance(node, Marks))
         return jax.tree.unflatten(jax.tree.structure(shapes), flow(jaxpr.jaxpr, given))
 
@@ -122,11 +123,11 @@ def backward_flops(phase: Phase, inputs: Inputs) -> tuple[float, dict[str, float
     def flops(parts: Sequence[str]) -> float:
         gradient = make_gradient(phase.loss_fn, inputs.parts, parts)
 
-        def program(arrays: Any, batch: Any, given: Any) -> Any:
-            grads, _, total = gradient(inputs.params(arrays), batch, given)
+        def program(arrays: Any, batch: Any, context: Any) -> Any:
+            grads, _, total = gradient(inputs.params(arrays), batch, context)
             return grads, total
 
-        cost: Any = jax.jit(program).lower(inputs.arrays, inputs.batch, inputs.given).cost_analysis()
+        cost: Any = jax.jit(program).lower(inputs.arrays, inputs.batch, inputs.context).cost_analysis()
         return float(cost["flops"])
 
     whole, forward = flops(phase.trained), flops(())

@@ -12,12 +12,13 @@ import numpy as np
 
 from functrain.adopt import Adoption
 from functrain.errors import PhaseError, UpdateError
-from functrain.gradients import accepted_context, make_gradient
+from functrain.gradients.loss import accepted_context
+from functrain.gradients.routes import Route, Weight
+from functrain.gradients.train_step import make_gradient
 from functrain.optimizer import Optimizer
 from functrain.phases import Alternation, Phase, period
 from functrain.precision import DynamicScale, caster
 from functrain.programs import Call, Program
-from functrain.routes import Route, Weight
 from functrain.state import Form, TrainState, abstract_state, initial_state, taken_apart
 from functrain.step import After, Metrics, Step
 from functrain.tree.paths import PyTree, flatten
@@ -104,7 +105,7 @@ def make_update(
     steps = []
     for index, phase in enumerate(schedule.phases):
         gradient = make_gradient(
-            phase.loss_fn, optim.parts, phase.trained, cast, route=phase.route, loss_weights=phase.loss_weights,
+            phase.loss_fn, optim.parts, phase.trained, cast=cast, route=phase.route, loss_weights=phase.loss_weights,
             audit=(f" of phase {phase.name!r}" if phase.name else "") if audit else None,
         )  # fmt: skip
         required |= {name for name, is_required in accepted_context(phase.loss_fn).items() if is_required}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import functrain as ft
 from functrain.flow import Marks, flow
-from functrain.reach import tagged
+from functrain.gradients.reach import recording_reach
 
 SGD = optax.sgd(0.1)
 
@@ -24,7 +24,7 @@ def optimizer_of(params, **transforms):
 
 def reached_by_tag(loss, split):
     found = set()
-    jax.eval_shape(jax.grad(lambda split: loss(tagged(split, found.update))), split)
+    jax.eval_shape(jax.grad(lambda split: loss(recording_reach(split, found.update))), split)
     return found
 
 

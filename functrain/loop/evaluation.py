@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from functrain.errors import EvaluationError
-from functrain.gradients import Loss
+from functrain.gradients.loss import Loss
 from functrain.loop.every import Every
 from functrain.loop.metrics import OnHost
 from functrain.tree.arrays import replicated_over

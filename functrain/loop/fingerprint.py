@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functrain.accumulate import Accumulated
 from functrain.errors import CheckpointError
+from functrain.gradients.accumulation import Accumulated
 from functrain.state import TrainState
 from functrain.tree.paths import flatten, unflatten
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from functrain.errors import AccumulationError
-from functrain.gradients import check_weight
+from functrain.gradients.loss import check_weight
 from functrain.tree.paths import PyTree, flatten, structure_difference
 from functrain.tree.text import listed
 

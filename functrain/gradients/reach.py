@@ -12,12 +12,12 @@ from functrain.tree.partition import Partition
 from functrain.tree.text import listed
 
 
-def tagged(split: Mapping[str, Mapping[str, Any]], record: Callable[[set[tuple[str, str]]], None]) -> Any:
+def recording_reach(split: Mapping[str, Mapping[str, Any]], record: Callable[[set[tuple[str, str]]], None]) -> Any:
     """The same split tree; a backward pass through it tells which leaves it has a gradient for.
 
     >>> found = []
     >>> def loss(split):
-    ...     split = tagged(split, found.append)
+    ...     split = recording_reach(split, found.append)
     ...     return split["a"]["w"] * jax.lax.stop_gradient(split["b"]["v"])
     >>> grads = jax.grad(loss)({"a": {"w": 1.0}, "b": {"v": 2.0}})
     >>> found
@@ -30,7 +30,7 @@ def tagged(split: Mapping[str, Mapping[str, Any]], record: Callable[[set[tuple[s
     """
 
     @jax.custom_vjp
-    def tag(split: Any) -> Any:
+    def recorded(split: Any) -> Any:
         return split
 
     def forward(split: Any) -> tuple[Any, None]:
@@ -44,8 +44,8 @@ def tagged(split: Mapping[str, Mapping[str, Any]], record: Callable[[set[tuple[s
             ),
         )
 
-    tag.defvjp(forward, backward, symbolic_zeros=True)
-    return tag(split)
+    recorded.defvjp(forward, backward, symbolic_zeros=True)
+    return recorded(split)
 
 
 def check_reached(parts: Partition, trained: tuple[str, ...], reached: set[tuple[str, str]], where: str) -> None:
@@ -71,10 +71,6 @@ def check_reached(parts: Partition, trained: tuple[str, ...], reached: set[tuple
             " write audit=False",
             stacklevel=2,
         )
-
-
-def _array(cotangent: Any) -> Any:
-    return jnp.zeros(cotangent.shape, cotangent.dtype) if _is_zero(cotangent) else cotangent
 
 
 def _is_zero(cotangent: Any) -> bool:

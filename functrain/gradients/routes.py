@@ -39,27 +39,29 @@ def normalised(route: Route, parts: Sequence[str]) -> dict[str, dict[str, Weight
     return full
 
 
-def weightings(
-    losses: Sequence[str],
-    parts: Sequence[str],
-    route: Mapping[str, Mapping[str, Weight]] | None,
-    loss_weights: Mapping[str, Weight],
-) -> list[Weighting]:
+def weights_of_sum(losses: Sequence[str], loss_weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The weight of each loss that was returned in their sum, 1 where none is given.
+
+    Raises:
+      LossError: a loss is named that was not returned.
+    """
+    _check_returned(loss_weights, losses, "loss_weights")
+    return {name: loss_weights.get(name, 1.0) for name in losses}
+
+
+def weightings(losses: Sequence[str], routes: Mapping[str, Mapping[str, Weight]]) -> list[Weighting]:
     """The distinct weighted sums of the losses that were returned; each is differentiated once.
 
     Raises:
       LossError: a loss is named that was not returned, or one was returned that no part takes.
     """
-    if route is None:
-        _check_returned(loss_weights, losses, "loss_weights")
-        return [Weighting(tuple(parts), {name: loss_weights.get(name, 1.0) for name in losses})]
-    for part, weights in route.items():
+    for part, weights in routes.items():
         _check_returned(weights, losses, f"route of part {part!r}")
-    taken = {name for weights in route.values() for name in weights}
+    taken = {name for weights in routes.values() for name in weights}
     if idle := [name for name in losses if name not in taken]:
         raise LossError(f"no part takes the loss {listed(idle)}: add it to the route, or report it under metrics")
     found: list[Weighting] = []
-    for part, weights in route.items():
+    for part, weights in routes.items():
         same = next((i for i, other in enumerate(found) if other.weights == weights), None)
         if same is None:
             found.append(Weighting((part,), dict(weights)))
