@@ -6,7 +6,6 @@ A pure `train_step` returns gradients; a partition splits them by path; each par
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from functrain.adopt import Adoption
 from functrain.audit import Audit, audit
 from functrain.errors import (
     AccumulationError,
@@ -29,8 +28,10 @@ from functrain.errors import (
 from functrain.gradients.accumulation import Accumulated, accumulate, zeros
 from functrain.gradients.loss import Loss
 from functrain.gradients.train_step import make_train_step
-from functrain.learning_rate import with_lr
-from functrain.optimizer import FROZEN, Optimizer
+from functrain.optim.adoption import Adoption
+from functrain.optim.learning_rate import with_lr
+from functrain.optim.optimizer import Optimizer
+from functrain.optim.transforms import FROZEN
 from functrain.phases import Alternation, Phase, alternate
 from functrain.precision import DynamicScale
 from functrain.state import TrainState

@@ -11,7 +11,7 @@ import numpy as np
 from functrain.errors import AuditError
 from functrain.gradients.loss import Context
 from functrain.gradients.routes import Route, Weight
-from functrain.optimizer import Optimizer
+from functrain.optim.optimizer import Optimizer
 from functrain.phases import Alternation, Phase
 from functrain.tracing import Inputs, Seen, backward_flops, seen
 from functrain.tree.partition import Partition

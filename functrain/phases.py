@@ -7,7 +7,7 @@ from typing import Any
 
 from functrain.errors import PartitionError, PhaseError
 from functrain.gradients.routes import Route, Weight
-from functrain.optimizer import Optimizer
+from functrain.optim.optimizer import Optimizer
 from functrain.tree.text import listed
 
 Turn = tuple[int, ...]

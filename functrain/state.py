@@ -12,7 +12,7 @@ import numpy as np
 
 from functrain.errors import UpdateError
 from functrain.gradients.accumulation import Accumulated
-from functrain.optimizer import Optimizer
+from functrain.optim.optimizer import Optimizer
 from functrain.tree.arrays import as_array, committed_sharding, replicated_over
 from functrain.tree.paths import PyTree, flatten
 from functrain.tree.text import listed

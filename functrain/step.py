@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from functrain.errors import LossError, UpdateError
 from functrain.gradients.accumulation import accumulate, zeros
 from functrain.gradients.loss import Context, Loss
-from functrain.optimizer import Optimizer
+from functrain.optim.optimizer import Optimizer
 from functrain.precision import DynamicScale
 from functrain.state import TrainState
 from functrain.telemetry import by_part

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functrain.adopt import Adoption
 from functrain.errors import PhaseError, UpdateError
 from functrain.gradients.loss import accepted_context
 from functrain.gradients.routes import Route, Weight
 from functrain.gradients.train_step import make_gradient
-from functrain.optimizer import Optimizer
+from functrain.optim.adoption import Adoption
+from functrain.optim.optimizer import Optimizer
 from functrain.phases import Alternation, Phase, period
 from functrain.precision import DynamicScale, caster
 from functrain.programs import Call, Program

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import FitError
-from functrain.learning_rate import rates_in
 from functrain.loop.checkpoints import Checkpoints
 from functrain.loop.evaluation import Evaluation, placed
 from functrain.loop.every import Every
@@ -23,6 +22,7 @@ from functrain.loop.hooks import EarlyStopping, Hook
 from functrain.loop.logs import JsonLines, Logger, read_json_lines
 from functrain.loop.run import Run
 from functrain.loop.signals import StopSignals
+from functrain.optim.learning_rate import rates_in
 from functrain.state import TrainState
 from functrain.update import Update
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from functrain.adopt import Adoption, adopted
 from functrain.errors import CheckpointError
 from functrain.loop.fingerprint import differences, named_leaves
+from functrain.optim.adoption import Adoption, adopted
 from functrain.state import TrainState
 from functrain.tree.text import listed_lines
 

@@ -54,6 +54,11 @@ class Partition:
         self.check_names([part], "paths")
         return tuple(self._index[part])
 
+    def shapes(self, part: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of a part's leaves, which are arrays, by path."""
+        mine = (leaf for leaf in self.leaves if leaf.part == part)
+        return {leaf.path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in mine}
+
     def split(self, tree: PyTree) -> Split:
         """Splits a whole tree into its parts.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.tree.paths import Flat
+from functrain.tree.text import leaves_in_words
 
 _RATES = {"learning_rate", "setting"}  # Of with_lr: the new optimizer's own.
 
@@ -33,9 +34,9 @@ class Adoption:
         lines = []
         for part, fields in self.carried.items():
             origin = ", ".join(repr(source) for source in self.sources[part])
-            lines.append(f"{part}: carried over from {origin}: {_counted(fields)}")
-        lines += [f"{part}: started anew: {_counted(fields)}" for part, fields in self.anew.items()]
-        lines += [f"{part}: dropped: {_counted(fields)}" for part, fields in self.dropped.items()]
+            lines.append(f"{part}: carried over from {origin}: {_in_words(fields)}")
+        lines += [f"{part}: started anew: {_in_words(fields)}" for part, fields in self.anew.items()]
+        lines += [f"{part}: dropped: {_in_words(fields)}" for part, fields in self.dropped.items()]
         return "\n".join(lines) or "there was nothing to carry over"
 
 
@@ -157,5 +158,5 @@ def _count(counts: dict[str, dict[str, int]], part: str, field: str) -> None:
     of_part[field] = of_part.get(field, 0) + 1
 
 
-def _counted(fields: Mapping[str, int]) -> str:
-    return ", ".join(f"{field} ({count} {'leaf' if count == 1 else 'leaves'})" for field, count in fields.items())
+def _in_words(fields: Mapping[str, int]) -> str:
+    return ", ".join(f"{field} ({leaves_in_words(count)})" for field, count in fields.items())

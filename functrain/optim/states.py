@@ -50,7 +50,7 @@ def like_before(new: Any, old: Any, part: str) -> Any:
     return jax.tree.map(lambda after, before: as_array(after, jnp.result_type(before)), new, old)
 
 
-def placed(state: Any, params: Mapping[str, Any]) -> Any:
+def laid_out(state: Any, params: Mapping[str, Any]) -> Any:
     """The state on the devices of its parameters, so that a compiled step returns it where it was."""
     concrete = all(isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer) for p in params.values())
     committed = {path: p.sharding for path, p in params.items() if p.committed} if concrete else {}

@@ -1,0 +1,153 @@
+"""What an optimizer refuses: each check is a function of what was given, and its error says what to write instead."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from functrain.errors import OptimizerError, PartitionError
+from functrain.optim.learning_rate import rates_in
+from functrain.optim.transforms import Frozen, Transform, takes_extra_args
+from functrain.tree.partition import Partition, Split
+from functrain.tree.selectors import non_float
+from functrain.tree.text import around_first_difference, listed
+
+_HINT = "split gradients come from make_train_step(loss_fn, parts, wrt=optim.trained) or parts.split(grads)"
+
+
+def check_transforms(parts: Partition, transforms: Mapping[str, Transform], clip_norm: float | None) -> None:
+    """Raises unless every part has one transform, and the norm is one."""
+    if not isinstance(parts, Partition) or not isinstance(transforms, Mapping):
+        raise OptimizerError(
+            "Optimizer(parts, transforms) takes an ft.partition(...) and a dict of a transform for each part, not"
+            f" {type(parts).__name__} and {type(transforms).__name__}"
+        )
+    if missing := [part for part in parts.names if part not in transforms]:
+        raise OptimizerError(f"parts without a transform: {listed(missing)}; give each one, or ft.FROZEN")
+    if unknown := [part for part in transforms if part not in parts.names]:
+        raise OptimizerError(f"transforms without a part: {listed(unknown)}; the parts are {listed(parts.names, 30)}")
+    for part, tx in transforms.items():
+        if not isinstance(tx, Frozen) and not (hasattr(tx, "init") and hasattr(tx, "update")):
+            raise OptimizerError(f"part {part!r}: {tx!r} is no optax transform; write e.g. optax.adam(1e-3)")
+    if clip_norm is not None and not clip_norm > 0:
+        raise OptimizerError(f"clip_norm={clip_norm}: give a positive norm, or None not to clip")
+
+
+def check_params(parts: Partition, trained: Sequence[str], split: Split) -> None:
+    """Raises unless the trained leaves are floating point, and of the shapes that were partitioned."""
+    for part in trained:
+        if bad := [path for path, leaf in split[part].items() if non_float(path, leaf)]:
+            raise OptimizerError(
+                f"part {part!r} is trained, but holds {listed(bad)}, which is not floating point: give such leaves"
+                ' a part of their own ("static": ft.non_float) and make it ft.FROZEN'
+            )
+        for path, known in parts.shapes(part).items():
+            if jnp.shape(split[part][path]) != known.shape:
+                raise OptimizerError(
+                    f"{path!r} has shape {jnp.shape(split[part][path])}, but {known.shape} when it was partitioned:"
+                    " partition these params, or give those"
+                )
+
+
+def check_one_rate(part: str, state: Any) -> None:
+    """Raises for a state with more than one `with_lr`."""
+    if len(rates_in(state)) > 1:
+        raise OptimizerError(
+            f"part {part!r} has {len(rates_in(state))} with_lr, of which lr={{{part!r}: ...}} could mean any: keep one,"
+            " or give each a part of its own"
+        )
+
+
+def check_grads(
+    grads: Mapping[str, Mapping[str, Any]], parts: Partition, trained: Sequence[str], params: Split
+) -> None:
+    """Raises unless the gradients are split, of trained parts, and shaped like their parameters."""
+    if not isinstance(grads, Mapping):
+        raise OptimizerError(
+            f"gradients must be split, {{part: {{path: gradient}}}}, not {type(grads).__name__}: {_HINT}"
+        )
+    if unknown := [part for part in grads if part not in parts.names]:
+        raise OptimizerError(
+            f"gradients of unknown parts: {listed(unknown)}; the parts are {listed(parts.names, 30)}; {_HINT}"
+        )
+    if frozen := [part for part in grads if part not in trained]:
+        raise OptimizerError(
+            f"gradients of frozen parts: {listed(frozen)}; do not compute them:"
+            " make_train_step(loss_fn, parts, wrt=optim.trained)"
+        )
+    for part, flat in grads.items():
+        try:
+            parts.check_part(part, flat)
+        except PartitionError as error:
+            raise PartitionError(f"gradients of {error}; {_HINT}") from None
+        check_shapes(flat, params[part], f"the gradients of part {part!r}", per_example=True)
+
+
+def check_shapes(flat: Mapping[str, Any], params: Mapping[str, Any], what: str, *, per_example: bool = False) -> None:
+    """Raises unless each leaf is shaped like its parameter, where allowed behind a leading axis of examples."""
+    for path, leaf in flat.items():
+        given, expected = jnp.shape(leaf), jnp.shape(params[path])
+        if given != expected and not (per_example and given[1:] == expected and len(given) > len(expected)):
+            raise OptimizerError(f"{what}: {path!r} has shape {given}, its parameter {expected}; they must be the same")
+
+
+def check_state(opt_state: Mapping[str, Any], structures: Mapping[str, Any]) -> None:
+    """Raises unless an optimizer state is of the given tree structures, by part."""
+    if not isinstance(opt_state, Mapping):
+        raise OptimizerError(
+            f"an optimizer state is {{part: state}}, not {type(opt_state).__name__}: give what optim.init(params)"
+            " returned, or the opt_state of a TrainState"
+        )
+    if opt_state.keys() != structures.keys():
+        raise OptimizerError(
+            f"the optimizer state is of the parts {listed(opt_state)}, the optimizer trains {listed(structures)}:"
+            " use optim.init(params) of this optimizer"
+        )
+    for part, state in opt_state.items():
+        if jax.tree.structure(state) != structures[part]:
+            given, expected = around_first_difference(jax.tree.structure(state), structures[part])
+            raise OptimizerError(
+                f"the state of part {part!r} is not one that its transform makes: {given} where {expected} was"
+                " expected; use optim.init(params) of this optimizer"
+            )
+
+
+def checked_rates(
+    lr: Mapping[str, Any] | None, opt_state: Mapping[str, Any], transforms: Mapping[str, Transform]
+) -> dict[str, jax.Array]:
+    """The rates by part as float32 scalars, each of a trained part that has one to set."""
+    trained = [part for part, tx in transforms.items() if not isinstance(tx, Frozen)]
+    if lr is not None and not isinstance(lr, Mapping):
+        raise OptimizerError(f"lr={lr!r}: give a rate by part, e.g. lr={{{trained[0]!r}: 1e-4}}")
+    rates = {}
+    for part, rate in (lr or {}).items():
+        if part not in transforms:
+            raise OptimizerError(f"lr for the unknown part {part!r}; the parts are {listed(transforms, 30)}")
+        if part not in trained:
+            raise OptimizerError(f"lr for part {part!r}, which is frozen: give it a transform, or leave it out of lr")
+        if not rates_in(opt_state[part]):
+            raise OptimizerError(
+                f"lr for part {part!r}, whose transform has no rate to set: make it with"
+                " ft.with_lr(optax.adam, 1e-3) in the place of optax.adam(1e-3)"
+            )
+        if callable(rate) or rate is None or isinstance(rate, str) or jnp.shape(rate) != ():
+            is_array = hasattr(rate, "shape")
+            what = f"an array of shape {jnp.shape(rate)}" if is_array else f"of type {type(rate).__name__}"
+            raise OptimizerError(
+                f"lr for part {part!r} is {what}: give a scalar; a schedule goes into the transform,"
+                " ft.with_lr(optax.adam, schedule)"
+            )
+        rates[part] = jnp.asarray(rate, jnp.float32)
+    return rates
+
+
+def check_extra_args(extra: Mapping[str, Any], rates: Mapping[str, Any], transforms: Mapping[str, Transform]) -> None:
+    """Raises for a rate that would reach every part, or would not reach its own."""
+    if "learning_rate" in extra:
+        raise OptimizerError("learning_rate= would set the rate of every part: write lr={part: rate}")
+    if lost := [part for part in rates if not takes_extra_args(transforms[part])]:
+        raise OptimizerError(
+            f"lr for part {listed(lost)}: the transform around its with_lr takes no extra arguments, so that the"
+            " rate would be lost; make it an optax.GradientTransformationExtraArgs that passes them on"
+        )

@@ -1,0 +1,268 @@
+"""One optax transform per part."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from functrain.errors import OptimizerError
+from functrain.optim.adoption import Adoption, adopted
+from functrain.optim.checks import (
+    check_extra_args,
+    check_grads,
+    check_one_rate,
+    check_params,
+    check_shapes,
+    check_state,
+    check_transforms,
+    checked_rates,
+)
+from functrain.optim.learning_rate import rates_in, with_rate
+from functrain.optim.states import in_one_dtype, laid_out, like_before, state_shardings
+from functrain.optim.transforms import Frozen, Transform, described, with_extra_args
+from functrain.tree.arrays import as_array, global_norm
+from functrain.tree.partition import Partition, Split, table
+from functrain.tree.paths import PyTree, flatten, unflatten
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Optimizer:
+    """One optax transform per part of a partition.
+
+    >>> from functrain import FROZEN, partition, with_lr
+    >>> params = {"body": jnp.ones(2), "head": jnp.ones(2)}
+    >>> parts = partition(params, {"head": "head", "body": ...})
+    >>> optim = Optimizer(parts, {"head": with_lr(optax.sgd, 0.5), "body": FROZEN})
+    >>> opt_state = optim.init(params)
+    >>> params, opt_state = optim.step(params, {"head": {"head": jnp.ones(2)}}, opt_state)
+    >>> params["head"].tolist(), params["body"].tolist()
+    ([0.5, 0.5], [1.0, 1.0])
+
+    A transform is given flat trees, `{path: leaf}`: so are its masks and callables. `print(optim)` is a table.
+
+    Args:
+      parts: the partition.
+      transforms: for every part an optax transform, or `FROZEN`.
+      clip_norm: the largest global norm, a positive float, that the gradients given to one `step` or `update` may have,
+        all parts together; larger ones are scaled down. To clip a part alone, chain `optax.clip_by_global_norm` with
+        its transform.
+
+    Raises:
+      OptimizerError: a part without a transform, or a transform without a part.
+    """
+
+    parts: Partition
+    transforms: Mapping[str, Transform]
+    clip_norm: float | None = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_transforms(self.parts, self.transforms, self.clip_norm)
+        object.__setattr__(self, "transforms", dict(self.transforms))
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The parts that have a transform; what to give to `make_train_step(..., wrt=optim.trained)`."""
+        return tuple(part for part in self.parts.names if not isinstance(self.transforms[part], Frozen))
+
+    def init(self, params: PyTree) -> dict[str, Any]:
+        """The optimizer state of every trained part: `{part: state of its transform}`.
+
+        Called outside of `jit`, moments are laid out as their parameters, and scalars are replicated over their mesh.
+
+        Raises:
+          PartitionError: params are not of the partition's structure.
+          OptimizerError: a shape is not the partition's, a trained leaf is not floating point, or a part has two
+            `with_lr`.
+        """
+        split = self.parts.split(params)
+        check_params(self.parts, self.trained, split)
+        opt_state = {}
+        for part in self.trained:
+            state = jax.tree.map(as_array, self._tx(part).init(split[part]))
+            check_one_rate(part, state)
+            opt_state[part] = laid_out(state, split[part])
+        return opt_state
+
+    def update(
+        self,
+        grads: Mapping[str, Mapping[str, Any]],
+        opt_state: Mapping[str, Any],
+        params: PyTree,
+        *,
+        lr: Mapping[str, Any] | None = None,
+        **extra: Any,
+    ) -> tuple[Split, dict[str, Any]]:
+        """The updates that `step` adds to the parameters, in optax's own form.
+
+        Args:
+          grads: split gradients of any trained parts, `{part: {path: gradient}}`. A part that is not there is left as
+            it is: parameters, decay, moments, counts, schedule.
+          opt_state: from `init` or the last step.
+          params: the whole tree.
+          lr: learning rates of this step alone, by part; parts that make no step now may be named too.
+          **extra: optax's extra arguments (`value=`); given to every transform that takes them.
+
+        Returns:
+          `{part: {path: update}}` of the given parts, and the whole new state, of unchanged structure and dtypes.
+
+        Raises:
+          OptimizerError: gradients or `lr` of an unknown or frozen part; wrong shapes; `lr` for a part without
+            `with_lr`; a state that is not of this optimizer, or that a transform returns in another structure.
+          PartitionError: a part's gradients have not its paths, or params not the partition's structure.
+        """
+        split = self.parts.split(params)
+        check_grads(grads, self.parts, self.trained, split)
+        check_state(opt_state, self._structures)
+        rates = checked_rates(lr, opt_state, self.transforms)
+        check_extra_args(extra, rates, self.transforms)
+        if self.clip_norm is not None:
+            grads = _clipped(grads, self.clip_norm)
+        updates: Split = {}
+        new_state = dict(opt_state)
+        for part, flat in grads.items():
+            given = {**extra, "learning_rate": rates[part]} if part in rates else extra
+            updates[part], state = self._tx(part).update(*in_one_dtype(flat, opt_state[part], split[part]), **given)
+            new_state[part] = like_before(state, opt_state[part], part)
+            check_shapes(updates[part], split[part], f"the updates of part {part!r}")
+        return updates, new_state
+
+    def step(
+        self,
+        params: PyTree,
+        grads: Mapping[str, Mapping[str, Any]],
+        opt_state: Mapping[str, Any],
+        *,
+        lr: Mapping[str, Any] | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, dict[str, Any]]:
+        """Updates the parameters of the parts whose gradients are given. Arguments and errors as for `update`.
+
+        Returns:
+          The whole new params, each leaf of its old dtype, and the new state. A `jit` of one's own over several devices
+          may lay out state anew that is not shaped like its parameter; `out_shardings=optim.shardings(...)` keeps it.
+        """
+        updates, opt_state = self.update(grads, opt_state, params, lr=lr, **extra)
+        return self.apply_updates(params, updates), opt_state
+
+    def apply_updates(self, params: PyTree, updates: Mapping[str, Mapping[str, Any]]) -> PyTree:
+        """The whole params with the updates of some parts added, each leaf of its old dtype."""
+        split = self.parts.split(params)
+        new = {part: optax.apply_updates(split[part], dict(updates[part])) for part in updates}
+        return self.parts.merge(new, into=params)
+
+    def learning_rates(self, opt_state: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """The rates last used, or set since, of the parts that have a `with_lr`: `{part: float32 scalar}`."""
+        check_state(opt_state, self._structures)
+        found = {part: rates_in(opt_state[part]) for part in self.trained}
+        return {part: states[0].learning_rate for part, states in found.items() if states}
+
+    def with_learning_rates(self, opt_state: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
+        """The same state with other learning rates from now on.
+
+        Args:
+          opt_state: from `init` or the last step.
+          rates: `{part: scalar}`.
+
+        Raises:
+          OptimizerError: an unknown or frozen part, one without `with_lr`, or one whose rate a schedule says.
+        """
+        check_state(opt_state, self._structures)
+        new_state = dict(opt_state)
+        for part, rate in checked_rates(rates, opt_state, self.transforms).items():
+            if rates_in(opt_state[part])[0].setting is None:
+                raise OptimizerError(
+                    f"the rate of part {part!r} follows a schedule and can't be set for good: give it at each step,"
+                    f" step(..., lr={{{part!r}: ...}}), or make the part with a constant rate"
+                )
+            new_state[part] = with_rate(opt_state[part], rate)
+        return new_state
+
+    def shardings(self, params_shardings: PyTree) -> dict[str, Any]:
+        """The shardings of the optimizer state, from those of the parameters; for `jax.jit(..., out_shardings=)`.
+
+        Args:
+          params_shardings: a tree like params, of shardings: `jax.tree.map(lambda p: p.sharding, params)`.
+
+        Returns:
+          A tree like the state: a parameter's sharding for state that is shaped like it; replicated for the rest.
+        """
+        split = self.parts.split(params_shardings)
+        found = {}
+        for part in self.trained:
+            shapes = self.parts.shapes(part)
+            found[part] = state_shardings(jax.eval_shape(self._tx(part).init, shapes), shapes, split[part])
+        return found
+
+    def adopt(
+        self, other: "Optimizer", other_state: Mapping[str, Any], params: PyTree
+    ) -> tuple[dict[str, Any], Adoption]:
+        """A state for this optimizer with what fits of another one's: a backbone unfrozen, a part split, SGD for Adam.
+
+        >>> from functrain import FROZEN, partition
+        >>> params = {"body": jnp.ones(2), "head": jnp.ones(2)}
+        >>> parts = partition(params, {"head": "head", "body": "body"})
+        >>> frozen = Optimizer(parts, {"head": optax.adam(1e-3), "body": FROZEN})
+        >>> optim = Optimizer(parts, {"head": optax.adam(1e-3), "body": optax.adam(1e-4)})
+        >>> opt_state, report = optim.adopt(frozen, frozen.init(params), params)
+        >>> print(report)
+        head: carried over from 'head': count (1 leaf), mu (1 leaf), nu (1 leaf)
+        body: started anew: count (1 leaf), mu (1 leaf), nu (1 leaf)
+
+        Moments follow their parameter's path, wherever the transform has a field of the same name; counts follow if
+        a part comes from a single one; a learning rate is this optimizer's own.
+
+        Args:
+          other: the optimizer that the state is of.
+          other_state: its state; what is carried over is not copied.
+          params: the whole tree.
+
+        Raises:
+          OptimizerError: a state that is not of the other optimizer.
+          PartitionError: params are not of the partition's structure.
+        """
+        check_state(other_state, other._structures)
+        fresh = self.init(params)
+        states, report = adopted(
+            {part: flatten(state) for part, state in fresh.items()},
+            {part: flatten(state) for part, state in other_state.items()},
+            {part: self.parts.paths(part) for part in self.parts.names},
+            {part: other.parts.paths(part) for part in other.parts.names},
+        )
+        opt_state = {part: unflatten(flat, like=fresh[part]) for part, flat in states.items()}
+        split = self.parts.split(params)
+        return {part: laid_out(state, split[part]) for part, state in opt_state.items()}, report
+
+    @functools.cached_property
+    def _structures(self) -> dict[str, Any]:
+        """The tree structures of the states of the trained parts."""
+        shapes = {part: jax.eval_shape(self._tx(part).init, self.parts.shapes(part)) for part in self.trained}
+        return {part: jax.tree.structure(state) for part, state in shapes.items()}
+
+    def _tx(self, part: str) -> optax.GradientTransformationExtraArgs:
+        tx = self.transforms[part]
+        assert not isinstance(tx, Frozen)
+        return with_extra_args(tx)
+
+    @property
+    def described(self) -> dict[str, str]:
+        """What made the transform of each part, as far as it can be told; "frozen" for a frozen one."""
+        return {part: described(self.transforms[part]) for part in self.parts.names}
+
+    def __str__(self) -> str:
+        return table(self.parts, "optimizer", list(self.described.values()))
+
+    def __repr__(self) -> str:
+        return f"Optimizer({', '.join(f'{part}: {name}' for part, name in self.described.items())})"
+
+
+def _clipped(grads: Mapping[str, Mapping[str, Any]], clip_norm: float) -> Split:
+    """The gradients, scaled down together to a global norm of at most `clip_norm`, computed in float32 or wider."""
+    scale = jnp.minimum(1.0, clip_norm / global_norm(grads))
+    return {
+        part: {path: (grad * scale).astype(jnp.result_type(grad)) for path, grad in flat.items()}
+        for part, flat in grads.items()
+    }
