@@ -6,7 +6,7 @@ A pure `train_step` returns gradients; a partition splits them by path; each par
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from functrain.audit import Audit, audit
+from functrain.auditing.audit import Audit, audit
 from functrain.errors import (
     AccumulationError,
     AuditError,
@@ -32,13 +32,14 @@ from functrain.optim.adoption import Adoption
 from functrain.optim.learning_rate import with_lr
 from functrain.optim.optimizer import Optimizer
 from functrain.optim.transforms import FROZEN
-from functrain.phases import Alternation, Phase, alternate
-from functrain.precision import DynamicScale
-from functrain.state import TrainState
 from functrain.tree.partition import Partition, partition
 from functrain.tree.paths import flatten, unflatten
 from functrain.tree.selectors import Selector, non_float, take
-from functrain.update import Update, make_update
+from functrain.update.phases import Alternation, Phase, alternate
+from functrain.update.precision import DynamicScale
+from functrain.update.state import TrainState
+from functrain.update.update import Update, make_update
+from functrain.update.window import Window
 
 if TYPE_CHECKING:
     from functrain.loop.checkpoints import Checkpoints, Restored
@@ -101,6 +102,7 @@ __all__ = [
     "TrainState",
     "Update",
     "UpdateError",
+    "Window",
     "accumulate",
     "alternate",
     "audit",

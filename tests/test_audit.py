@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import functrain as ft
-from functrain.flow import Marks, flow
+from functrain.auditing.flow import Marks, flow
 from functrain.gradients.reach import recording_reach
 
 SGD = optax.sgd(0.1)

@@ -1308,7 +1308,7 @@ def test_saved_on_eight_devices_it_comes_back_on_others_exactly(on_eight, device
         return {path: leaf.sharding if getattr(leaf, "committed", True) else None for path, leaf in flat.items()}
 
     assert places(restored) == places(asked)
-    for path, leaf in restored.window.sums[0]["all"].items():
+    for path, leaf in restored.window.grads["all"].items():
         assert leaf.sharding == restored.params[path].sharding
     begun = update.init(params, key=KEY)  # It trains on as a state does that was always there.
     for batch in (1.0, 2.0, 3.0, 4.0):

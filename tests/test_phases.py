@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import functrain as ft
-from functrain.phases import period
+from functrain.update.phases import period
 
 
 def gan_params():
@@ -295,7 +295,7 @@ def test_a_window_belongs_to_one_phase():
     before = copy.deepcopy(state)
     state, more = run(update, state, batches_of(2))
     assert changed(before.params, state.params) == set()
-    assert state.window.sums[0].keys() == {"generator"}
+    assert state.window.grads.keys() == {"generator"}
     state, flushed = update.flush(state)
     assert changed(before.params, state.params) == {"generator"}
     assert [list(row) for row in [*rows, *more, flushed]] == [["D"]] * 3 + [["G"]] * 3
@@ -385,7 +385,7 @@ def test_each_turn_is_compiled_once():
         ft.alternate(ft.Phase("D", traced, "discriminator", repeat=3), ft.Phase("G", g_loss, "generator"))
     )
     state, _ = run(update, state, batches_of(12))
-    assert len(update._programs) == 2
+    assert len(update._programs.kept) == 2
     assert traces == ["D"]
 
 
@@ -453,8 +453,8 @@ def test_phases_keep_the_layout_of_their_parameters():
     before = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.opt_state))
     state, _ = run(update, state, batches_of(16))
     assert jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.opt_state)) == before
-    assert len(update._programs) == 4
-    assert all(program.jitted._cache_size() == 1 for program in update._programs.values())
+    assert len(update._programs.kept) == 4
+    assert all(program.jitted._cache_size() == 1 for program in update._programs.kept.values())
 
 
 def test_a_skipped_phase_is_counted_and_leaves_everything():

@@ -134,10 +134,10 @@ def test_nothing_recompiles_after_the_first_window(mesh, sharded, accumulate, pr
             state, _ = update(state, batch)
             if i == accumulate - 1:
                 after_first = len(traces)
-                sizes = [program.jitted._cache_size() for program in update._programs.values()]
-    assert after_first == programs == len(update._programs)
+                sizes = [program.jitted._cache_size() for program in update._programs.kept.values()]
+    assert after_first == programs == len(update._programs.kept)
     assert len(traces) == after_first
-    assert [program.jitted._cache_size() for program in update._programs.values()] == sizes == [1] * programs
+    assert [program.jitted._cache_size() for program in update._programs.kept.values()] == sizes == [1] * programs
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -158,7 +158,7 @@ def test_every_leaf_keeps_its_sharding_through_first_middle_last_and_scan(mesh, 
         state, _ = update(state, batch)
         assert kept(state)
         if state.window is not None:
-            sums = state.window.sums[0]
+            sums = state.window.grads
             assert sums["body"]["body/w"].sharding == params["body"]["w"].sharding
             assert sums["head"]["head/w"].sharding == params["head"]["w"].sharding
     if state.window is not None:
@@ -368,7 +368,7 @@ def test_a_dynamic_scale_halves_on_overflow_and_doubles_after_a_row_of_good_upda
         seen.append((int(np.log2(metrics["loss_scale"])), int(metrics["skipped"])))
         assert float(metrics["loss"]) == x
     assert seen == [(14, 0), (14, 0), (15, 0), (15, 1), (14, 1), (13, 0), (13, 0)]
-    assert float(state.loss_scale.scale) == 2.0**14
+    assert float(state.scale_state.scale) == 2.0**14
 
 
 def test_a_scale_never_falls_below_its_minimum_nor_overflows_itself():
@@ -472,7 +472,7 @@ def test_after_must_keep_the_form_of_the_params():
         loss_fn, optimizer_of(linear_params()), after=lambda params, state, step: (params["body"], state)
     )
     with pytest.raises(
-        ft.LossError, match=r"the params that after= returned must be of the structure .* lacks 'body/w'"
+        ft.UpdateError, match=r"the params that after= returned must be of the structure .* lacks 'body/w'"
     ):
         update(update.init(linear_params()), batches_of(1)[0])
 
@@ -564,7 +564,7 @@ def test_rates_are_checked_at_every_call_of_a_window(lr):
     [
         ({"after": 3}, ft.UpdateError, "after=3: give a function"),
         ({"loss_scale": 1024.0}, ft.UpdateError, "loss_scale=1024.0: write ft.DynamicScale"),
-        ({"compute_dtype": jnp.int32}, ft.PartitionError, "compute_dtype of part 'body' is .*int32.*: give a floating"),
+        ({"compute_dtype": jnp.int32}, ft.UpdateError, "compute_dtype of part 'body' is .*int32.*: give a floating"),
     ],
 )
 def test_an_option_of_another_type_is_an_error_when_the_update_is_made(options, error, message):
@@ -601,7 +601,7 @@ def test_objects_in_each_others_place_are_named():
 
 def test_after_must_return_both():
     update = ft.make_update(loss_fn, optimizer_of(linear_params()), after=lambda params, state, step: params)
-    with pytest.raises(ft.LossError, match=r"after= must return \(params, model_state\), not dict"):
+    with pytest.raises(ft.UpdateError, match=r"after= must return \(params, model_state\), not dict"):
         update(update.init(linear_params()), batches_of(1)[0])
 
 
@@ -616,3 +616,14 @@ def test_a_deep_copy_of_a_state_has_the_types_of_its_fields_and_buffers_of_its_o
     update(state, jnp.ones((3, 2)))
     assert jax.tree.structure(kept) == jax.tree.structure(state)
     update(kept, jnp.ones((3, 2)))
+
+
+def test_a_set_of_losses_that_changes_between_calls_is_an_error():
+    def changing(params, batch):
+        return ft.Loss({"main": jnp.sum(params["a"])} | ({"aux": params["b"]} if batch.shape[0] > 2 else {}))
+
+    params = {"a": jnp.ones(()), "b": jnp.ones(())}
+    update = ft.make_update(changing, optimizer_of(params), audit=False)
+    state, _ = update(update.init(params), jnp.ones(4))
+    with pytest.raises(ft.LossError, match="returned the losses 'main', and before 'aux', 'main': return"):
+        update(state, jnp.ones(2))

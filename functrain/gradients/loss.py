@@ -101,6 +101,11 @@ def accepted_context(loss_fn: Callable[..., Any]) -> dict[str, bool]:
     return accepted
 
 
+def required_context(loss_fn: Callable[..., Any]) -> set[str]:
+    """The arguments beyond params and batch that a loss function can't do without."""
+    return {name for name, is_required in accepted_context(loss_fn).items() if is_required}
+
+
 def _completed(returned: Any, loss_fn: Callable[..., Any], model_state: Any) -> Loss:
     """The `Loss` in what a loss function returned, checked, with the model state filled in."""
     if isinstance(returned, tuple):

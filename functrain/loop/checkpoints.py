@@ -28,8 +28,8 @@ from functrain.loop.fingerprint import differences, named_leaves, rebuilt, shape
 from functrain.loop.folder import Folder
 from functrain.loop.placement import apart, own, places, target
 from functrain.loop.regroup import regrouped
-from functrain.state import TrainState
 from functrain.tree.text import listed_lines
+from functrain.update.state import TrainState
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/.*")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from functrain.errors import CheckpointError
 from functrain.loop.fingerprint import fingerprint, named_leaves, spec, window_form
-from functrain.state import TrainState
+from functrain.update.state import TrainState
 
 _PACKAGES = ("functrain", "jax", "optax", "orbax-checkpoint", "numpy")
 

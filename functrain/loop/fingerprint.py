@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import CheckpointError
-from functrain.gradients.accumulation import Accumulated
-from functrain.state import TrainState
 from functrain.tree.paths import flatten, unflatten
+from functrain.update.state import TrainState
+from functrain.update.window import Window
 
-FIELDS = ("params", "opt_state", "model_state", "key", "loss_scale", "step", "batches", "pending")
+FIELDS = ("params", "opt_state", "model_state", "key", "scale_state", "step", "batches", "pending")
 
 
 def named_leaves(state: TrainState) -> dict[str, Any]:
     """The leaves of a state by name: the field, for an optimizer state the part, and the path.
 
-    >>> state = TrainState({"w": 1.0}, {"all": {"mu": {"w": 2.0}}}, None, None, 0, 0, 0, None, None)
+    >>> state = TrainState({"w": 1.0}, {"all": {"mu": {"w": 2.0}}}, None, None, None, 0, 0, 0, None)
     >>> sorted(named_leaves(state))
     ['batches', 'opt_state/all/mu/w', 'params/w', 'pending', 'step']
     """
@@ -94,11 +94,11 @@ def _of_configuration(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 # A pending window. The form of its metrics is known to the loss function alone, so that it is saved with it.
 
 
-def _window_fields(window: Accumulated | None) -> Any:
-    return None if window is None else {"sums": window.sums, "weights": window.weights}
+def _window_fields(window: Window | None) -> Any:
+    return None if window is None else {"grads": window.grads, "metrics": window.metrics, "weight": window.weight}
 
 
-def window_form(window: Accumulated | None) -> Any:
+def window_form(window: Window | None) -> Any:
     """The containers of a pending window as JSON, with the name of each leaf in its place.
 
     Raises:
@@ -124,7 +124,7 @@ def _form(node: Any) -> Any:
     )
 
 
-def _window(form: Any, leaves: Mapping[str, Any]) -> Accumulated | None:
+def _window(form: Any, leaves: Mapping[str, Any]) -> Window | None:
     def built(node: Any) -> Any:
         if isinstance(node, str) or node is None:
             return None if node is None else leaves[node]
@@ -134,4 +134,4 @@ def _window(form: Any, leaves: Mapping[str, Any]) -> Accumulated | None:
         return [built(child) for child in children] if kind == "list" else tuple(built(child) for child in children)
 
     fields = built(form)
-    return None if fields is None else Accumulated(**fields)
+    return None if fields is None else Window(**fields)

@@ -23,8 +23,8 @@ from functrain.loop.logs import JsonLines, Logger, read_json_lines
 from functrain.loop.run import Run
 from functrain.loop.signals import StopSignals
 from functrain.optim.learning_rate import rates_in
-from functrain.state import TrainState
-from functrain.update import Update
+from functrain.update.state import TrainState
+from functrain.update.update import Update
 
 _LOG = "log.jsonl"
 
@@ -363,7 +363,7 @@ def _progress_bar(
     if total is None and epochs is not None and hasattr(data, "__len__"):
         batches, k = len(data), run.update.accumulate
         windows = {"flush": epochs * -(-batches // k), "drop": epochs * (batches // k), "carry": epochs * batches // k}
-        total = sum(map(len, run.update.schedule.turns(0, windows[run.update.remainder])))
+        total = sum(map(len, run.update.schedule.turns(0, windows[run.update.options.remainder])))
     with tqdm(total=total, initial=run.step, unit="step") as bar:
 
         def show() -> None:

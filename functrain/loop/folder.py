@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from functrain.errors import CheckpointError
 from functrain.loop import manifest
-from functrain.state import TrainState
+from functrain.update.state import TrainState
 
 _NAME = re.compile(r"(\d+)(?:\+(\d+))?(?:~(\d+))?")
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.loop.fingerprint import named_leaves, shape_dtype
-from functrain.state import TrainState
 from functrain.tree.arrays import committed_sharding, replicated_over
 from functrain.tree.paths import flatten
+from functrain.update.state import TrainState
 
 _COUNTERS = ("step", "batches", "pending")
 _KEYS = ("threefry2x32", "rbg", "unsafe_rbg")
@@ -23,7 +23,7 @@ def places(names: Iterable[str], configuration: Mapping[str, Any], like: TrainSt
     here = {name: committed_sharding(leaf) for name, leaf in named_leaves(like).items()}
     of_params = {path: committed_sharding(leaf) for path, leaf in flatten(like.params).items()}
     for part, paths in configuration.get("parts", {}).items():
-        here |= {f"window/sums/0/{part}/{path}": of_params.get(path) for path in paths}
+        here |= {f"window/grads/{part}/{path}": of_params.get(path) for path in paths}
     return {name: here.get(name) or replicated_over(like.params) for name in names}
 
 

@@ -9,8 +9,8 @@ import jax
 from functrain.errors import CheckpointError
 from functrain.loop.fingerprint import differences, named_leaves
 from functrain.optim.adoption import Adoption, adopted
-from functrain.state import TrainState
 from functrain.tree.text import listed_lines
+from functrain.update.state import TrainState
 
 _PREFIX = "opt_state/"
 

@@ -15,10 +15,10 @@ from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every, Moment
 from functrain.loop.hooks import Hook
 from functrain.loop.logs import Logger, flattened
-from functrain.state import TrainState
 from functrain.tree.arrays import is_finite
 from functrain.tree.text import listed
-from functrain.update import Update
+from functrain.update.state import TrainState
+from functrain.update.update import Update
 
 
 class Run:
@@ -65,7 +65,7 @@ class Run:
         self._stacked = False
         self._saved: tuple[int, ...] | None = None
         self._logged: set[tuple[Any, ...]] = set()
-        self._skips = update.steps[0].skips
+        self._skips = update.options.skips
 
     def stop(self, why: str) -> None:
         """Ends the run after what is under way; a hook that did so does it again in `run_started`, if it is to last."""
@@ -215,7 +215,7 @@ class Run:
         split = self.update.optim.parts.split(self.state.params)
         leaves = {part: [*split[part].values()] for part in self.update.optim.trained}
         if self.state.window is not None and not self._skips:
-            grads, _ = self.state.window.sums
+            grads = self.state.window.grads
             for part, sums in grads.items():
                 leaves[part] += sums.values()
         finite = jax.device_get(_finite(leaves))

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from functrain.errors import PartitionError, PhaseError
+from functrain.errors import PartitionError, PhaseError, UpdateError
 from functrain.gradients.routes import Route, Weight
 from functrain.optim.optimizer import Optimizer
 from functrain.tree.text import listed
@@ -186,3 +186,26 @@ def period(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
     """
     lengths = (length for length in range(1, len(turns) + 1) if len(turns) % length == 0)
     return next(turns[:length] for length in lengths if turns == turns[:length] * (len(turns) // length))
+
+
+def scheduled(
+    loss_fn: Any,
+    optim: Optimizer,
+    accumulate: int,
+    *,
+    route: Route | None,
+    loss_weights: Mapping[str, Weight] | None,
+) -> Alternation:
+    """The phases of an update; a loss function alone is one phase without a name."""
+    if not isinstance(loss_fn, Alternation):
+        return Alternation((Phase("", loss_fn, optim.trained, route=route, loss_weights=loss_weights),))
+    if route is not None or loss_weights is not None:
+        raise UpdateError("with phases, route= and loss_weights= belong to one: ft.Phase(name, loss_fn, parts, route=)")
+    loss_fn.check(optim)
+    same = [phase.name for phase in loss_fn.phases if phase.same_batch]
+    if accumulate > 1 and same:
+        raise PhaseError(
+            f"accumulate={accumulate}: phase {listed(same)} takes the batch of the phase before it, which is one of"
+            f" a window: use microbatches={accumulate} and larger batches, or give it batches of its own"
+        )
+    return loss_fn

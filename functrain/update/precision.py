@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from functrain.errors import PartitionError
+from functrain.errors import UpdateError
 from functrain.tree.partition import Partition
 from functrain.tree.paths import PyTree
 from functrain.tree.selectors import non_float
@@ -70,7 +70,8 @@ def caster(parts: Partition, compute_dtype: Any) -> Callable[[PyTree], PyTree]:
       compute_dtype: a dtype, `{part: dtype}`, or None.
 
     Raises:
-      PartitionError: an unknown part, or a dtype that is not floating point.
+      PartitionError: an unknown part.
+      UpdateError: a dtype that is not floating point.
     """
     if compute_dtype is None:
         return lambda params: params
@@ -79,9 +80,7 @@ def caster(parts: Partition, compute_dtype: Any) -> Callable[[PyTree], PyTree]:
     parts.check_names(compute_dtype, "compute_dtype")
     for part, dtype in compute_dtype.items():
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-            raise PartitionError(
-                f"compute_dtype of part {part!r} is {dtype}: give a floating-point dtype, jnp.bfloat16"
-            )
+            raise UpdateError(f"compute_dtype of part {part!r} is {dtype}: give a floating-point dtype, jnp.bfloat16")
     dtypes = [compute_dtype.get(leaf.part) for leaf in parts.leaves]
 
     def cast(params: PyTree) -> PyTree:

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from functrain.auditing.tracing import Inputs, Traced, backward_flops, trace_phase
 from functrain.errors import AuditError
 from functrain.gradients.loss import Context
 from functrain.gradients.routes import Route, Weight
 from functrain.optim.optimizer import Optimizer
-from functrain.phases import Alternation, Phase
-from functrain.tracing import Inputs, Seen, backward_flops, seen
 from functrain.tree.partition import Partition
 from functrain.tree.paths import PyTree
 from functrain.tree.selectors import non_float
 from functrain.tree.text import aligned, bytes_in_words, listed
+from functrain.update.phases import Alternation, Phase
 
 LEVELS = ("error", "warning", "note")
 
@@ -137,7 +137,7 @@ def audit(
     else:
         phases = (Phase("", loss_fn, trained, route=route, loss_weights=loss_weights),)
     inputs = Inputs.of(parts, params, batch, Context(key, model_state, np.int32(0)))
-    traced = [seen(phase, inputs, trained) for phase in phases]
+    traced = [trace_phase(phase, inputs, trained) for phase in phases]
     reached = {loss: paths for one in traced for loss, paths in one.reached.items()}
     taken = {part: tuple(loss for one in traced for loss in one.taken.get(part, ())) for part in parts.names}
     state_bytes = {}
@@ -162,7 +162,7 @@ def _findings(
     trained: Sequence[str],
     reached: Mapping[str, frozenset[str]],
     taken: Mapping[str, Sequence[str]],
-    traced: Sequence[Seen],
+    traced: Sequence[Traced],
 ) -> list[Finding]:
     found = []
     used = frozenset().union(*(one.used for one in traced))

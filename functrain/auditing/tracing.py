@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from functrain.flow import Marks, flow
+from functrain.auditing.flow import Marks, flow
 from functrain.gradients.loss import Context, make_losses
 from functrain.gradients.routes import normalised
 from functrain.gradients.train_step import make_gradient
-from functrain.phases import Phase
 from functrain.tree.partition import Partition
 from functrain.tree.paths import PyTree
 from functrain.tree.selectors import non_float
+from functrain.update.phases import Phase
 
 
 class Inputs(NamedTuple):
@@ -52,7 +52,7 @@ class Inputs(NamedTuple):
         return self.parts.merge(split)
 
 
-class Seen(NamedTuple):
+class Traced(NamedTuple):
     """What tracing one phase shows.
 
     Attributes:
@@ -68,7 +68,7 @@ class Seen(NamedTuple):
     gated: dict[str, tuple[str, ...]]
 
 
-def seen(phase: Phase, inputs: Inputs, trained: Sequence[str]) -> Seen:
+def trace_phase(phase: Phase, inputs: Inputs, trained: Sequence[str]) -> Traced:
     """Traces the losses of a phase and follows every leaf through them; `trained` are the parts of all phases."""
     evaluate = make_losses(phase.loss_fn)
     floats = {path: leaf for path, leaf in inputs.arrays.items() if not non_float(path, leaf)}
@@ -109,7 +109,7 @@ def seen(phase: Phase, inputs: Inputs, trained: Sequence[str]) -> Seen:
     labels = {name: _label(phase.name, name, len(values)) for name in values}
     every = {part: dict.fromkeys(values, 1.0) for part in phase.trained}
     takes = normalised(phase.route, phase.trained) if phase.route else every
-    return Seen(
+    return Traced(
         reached={labels[name]: paths([mark.tangents]) for name, mark in tangents.items()},
         taken={part: tuple(labels[name] for name in losses) for part, losses in takes.items()},
         used=paths(mark.uses for mark in values.values()),

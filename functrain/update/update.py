@@ -6,24 +6,25 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from functrain.errors import PhaseError, UpdateError
-from functrain.gradients.loss import accepted_context
+from functrain.errors import UpdateError
+from functrain.gradients.loss import required_context
 from functrain.gradients.routes import Route, Weight
 from functrain.gradients.train_step import make_gradient
 from functrain.optim.adoption import Adoption
 from functrain.optim.optimizer import Optimizer
-from functrain.phases import Alternation, Phase, period
-from functrain.precision import DynamicScale, caster
-from functrain.programs import Call, Program
-from functrain.state import Form, TrainState, abstract_state, initial_state, taken_apart
-from functrain.step import After, Metrics, Step
-from functrain.tree.paths import PyTree, flatten
+from functrain.tree.paths import PyTree
 from functrain.tree.text import listed
-from functrain.turns import many_turns, one_turn
+from functrain.update.checks import check_cycle, check_position, check_rates, check_state, check_whole, checked_count
+from functrain.update.initial import abstract_state, initial_state
+from functrain.update.options import Options
+from functrain.update.phases import Alternation, period, scheduled
+from functrain.update.precision import DynamicScale, LossScaleState, caster
+from functrain.update.programs import Call, Programs
+from functrain.update.state import TrainState
+from functrain.update.step import After, Metrics, Step
+from functrain.update.turns import make_cycles, make_turn
 
 
 def make_update(
@@ -33,7 +34,7 @@ def make_update(
     accumulate: int = 1,
     microbatches: int = 1,
     remainder: Literal["flush", "drop", "carry"] = "flush",
-    nonfinite: Literal["raise", "skip"] = "raise",
+    nonfinite: Literal["ignore", "skip"] = "ignore",
     after: After | None = None,
     compute_dtype: Any = None,
     loss_scale: DynamicScale | None = None,
@@ -65,8 +66,9 @@ def make_update(
         be a multiple of it. The result is that of the whole batch, where the loss is a mean over `Loss.weight`.
       remainder: what `flush` does with a window cut short: "flush" steps with the mean of what is there, "drop" forgets
         it, "carry" leaves it pending.
-      nonfinite: "raise" adds nothing to the compiled program; who reads the loss finds out. "skip" leaves out an update
-        with a non-finite gradient, params, optimizer state and `after`, and the model state of the batch that had it.
+      nonfinite: "ignore" adds nothing to the compiled program; who reads the loss finds out. "skip" leaves out an
+        update with a non-finite gradient, params, optimizer state and `after`, and the model state of the batch that
+        had it.
       after: `fn(params, model_state, step) -> (params, model_state)`, compiled in after each optimizer step, which
         `step` counts from 1: target networks, moving averages, projections.
       compute_dtype: the dtype of the params that the loss is given, or `{part: dtype}`; masters and gradients keep
@@ -85,53 +87,34 @@ def make_update(
       PhaseError: a phase with unknown or frozen parts, a trained part without a phase, or with `accumulate` a phase
         that takes the batch of another.
     """
-    if not isinstance(optim, Optimizer):
-        raise UpdateError(f"make_update(loss_fn, optim) takes an ft.Optimizer, not {type(optim).__name__}")
+    options = Options(
+        optim=optim,
+        accumulate=accumulate,
+        microbatches=microbatches,
+        remainder=remainder,
+        nonfinite=nonfinite,
+        loss_scale=loss_scale,
+    )
     if after is not None and not callable(after):
         raise UpdateError(f"after={after!r}: give a function (params, model_state, step) -> (params, model_state)")
-    if loss_scale is not None and not isinstance(loss_scale, DynamicScale):
-        raise UpdateError(f"loss_scale={loss_scale!r}: write ft.DynamicScale(initial=2.0**15)")
-    for name, count in (("accumulate", accumulate), ("microbatches", microbatches)):
-        if not isinstance(count, int) or count < 1:
-            raise UpdateError(f"{name}={count!r}: give a whole number of at least 1")
-    if remainder not in ("flush", "drop", "carry"):
-        raise UpdateError(f"remainder={remainder!r}: write 'flush', 'drop' or 'carry'")
-    if nonfinite not in ("raise", "skip"):
-        raise UpdateError(f"nonfinite={nonfinite!r}: write 'raise' or 'skip'")
     cast = caster(optim.parts, compute_dtype)
-    schedule = _scheduled(loss_fn, optim, accumulate, route, loss_weights)
-    skips = nonfinite == "skip" or loss_scale is not None
-    required: set[str] = set()
+    schedule = scheduled(loss_fn, optim, accumulate, route=route, loss_weights=loss_weights)
     steps = []
     for index, phase in enumerate(schedule.phases):
         gradient = make_gradient(
-            phase.loss_fn, optim.parts, phase.trained, cast=cast, route=phase.route, loss_weights=phase.loss_weights,
+            phase.loss_fn,
+            optim.parts,
+            phase.trained,
+            cast=cast,
+            route=phase.route,
+            loss_weights=phase.loss_weights,
             audit=(f" of phase {phase.name!r}" if phase.name else "") if audit else None,
-        )  # fmt: skip
-        required |= {name for name, is_required in accepted_context(phase.loss_fn).items() if is_required}
+        )
         afters = tuple(each for each in (phase.after, after) if each is not None)
         steps.append(
-            Step(phase.name, index, phase.trained, optim, gradient, accumulate, microbatches, skips, afters, loss_scale)
+            Step(name=phase.name, index=index, parts=phase.trained, gradient=gradient, after=afters, options=options)
         )
-    return Update(schedule, tuple(steps), required, remainder)
-
-
-def _scheduled(
-    loss_fn: Any, optim: Optimizer, accumulate: int, route: Route | None, loss_weights: Mapping[str, Weight] | None
-) -> Alternation:
-    """The phases of an update; a loss function alone is one phase without a name."""
-    if not isinstance(loss_fn, Alternation):
-        return Alternation((Phase("", loss_fn, optim.trained, route=route, loss_weights=loss_weights),))
-    if route is not None or loss_weights is not None:
-        raise UpdateError("with phases, route= and loss_weights= belong to one: ft.Phase(name, loss_fn, parts, route=)")
-    loss_fn.check(optim)
-    same = [phase.name for phase in loss_fn.phases if phase.same_batch]
-    if accumulate > 1 and same:
-        raise PhaseError(
-            f"accumulate={accumulate}: phase {listed(same)} takes the batch of the phase before it, which is one of"
-            f" a window: use microbatches={accumulate} and larger batches, or give it batches of its own"
-        )
-    return loss_fn
+    return Update(schedule, tuple(steps), options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -143,19 +126,17 @@ class Update:
 
     schedule: Alternation
     steps: tuple[Step, ...]
-    required: set[str]
-    remainder: str
-    _programs: dict[tuple[Call, Form], Program] = dataclasses.field(default_factory=dict, init=False)
+    options: Options
 
     @property
     def optim(self) -> Optimizer:
         """The optimizer that it was made with."""
-        return self.steps[0].optim
+        return self.options.optim
 
     @property
     def accumulate(self) -> int:
         """Batches in a window."""
-        return self.steps[0].accumulate
+        return self.options.accumulate
 
     @functools.cached_property
     def configuration(self) -> str:
@@ -186,20 +167,32 @@ class Update:
           UpdateError: a leaf that is no array, or an argument missing that the loss function declares.
         """
         given = {"key": key, "model_state": model_state}
-        if absent := [name for name in given if name in self.required and given[name] is None]:
+        required = {name for phase in self.schedule.phases for name in required_context(phase.loss_fn)}
+        if absent := [name for name in given if name in required and given[name] is None]:
             raise UpdateError(f"the loss function declares {listed(absent)}: update.init(params, {absent[0]}=...)")
-        loss_scale = self.steps[0].loss_scale
-        scale = None if loss_scale is None else loss_scale.init()
-        return initial_state(self.optim, params, model_state, key, scale, self.configuration, copy=copy)
+        return initial_state(
+            self.optim,
+            params,
+            model_state=model_state,
+            scale_state=self._initial_scale(),
+            key=key,
+            configuration=self.configuration,
+            copy=copy,
+        )
 
     def abstract(self, params: PyTree, *, key: Any = None, model_state: Any = None) -> TrainState:
         """What `init` would return, as `jax.ShapeDtypeStruct`s with shardings: what to restore a checkpoint like.
 
         The arguments may be arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
         """
-        loss_scale = self.steps[0].loss_scale
-        scale = (lambda: None) if loss_scale is None else loss_scale.init
-        return abstract_state(self.optim, params, model_state, key, scale, self.configuration)
+        return abstract_state(
+            self.optim,
+            params,
+            model_state=model_state,
+            scale_state=self._initial_scale,
+            key=key,
+            configuration=self.configuration,
+        )
 
     def __call__(
         self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None
@@ -220,7 +213,7 @@ class Update:
         Raises:
           UpdateError: called under a trace: use `update.pure` there.
         """
-        return self._run(self._call_of(state), state, batch, lr)
+        return self._take(state, batch, lr, measured=False)
 
     def measured(
         self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None
@@ -229,7 +222,7 @@ class Update:
 
         It is a program of its own, so that the steps that are not measured pay nothing. See `telemetry.by_part`.
         """
-        return self._run(self._call_of(state)._replace(measured=True), state, batch, lr)
+        return self._take(state, batch, lr, measured=True)
 
     def scan(
         self, state: TrainState, batches: Any, *, lr: Mapping[str, Any] | None = None
@@ -250,18 +243,13 @@ class Update:
         Raises:
           UpdateError: the leading axis is no multiple of `accumulate`, or of a cycle's batches, or a window is pending.
         """
-        lengths = {path: jnp.shape(leaf)[:1] for path, leaf in flatten(batches).items()}
-        count = next(iter(lengths.values()), (0,))
-        if len(set(lengths.values())) != 1 or not count or count[0] % self.cycle or not count[0]:
-            raise UpdateError(
-                "scan needs batches stacked on a leading axis, a multiple of"
-                f" {self.cycle} of them ({self._cycle_in_words}), not {lengths}"
-            )
-        self._check_state(state)
-        self._check_whole(state, "scan")
-        turns = self.schedule.turns(int(state.step), count[0] // self.accumulate)
-        steps = sum(map(len, turns))
-        return self._run(Call("scan", period(turns)), state, batches, lr, batches=count[0], steps=steps)
+        count = checked_count(batches, self.cycle, self._cycle_in_words)
+        check_state(state)
+        check_whole(state, "scan")
+        turns = self.schedule.turns(int(state.step), count // self.accumulate)
+        check_rates(lr, self.optim.trained)
+        call, steps = Call("scan", period(turns)), sum(map(len, turns))
+        return self._programs.run(call, state, batches, lr, batches=count, steps=steps)
 
     def pure(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> tuple[TrainState, Metrics]:
         """The update as a pure function, for a `jit`, `scan` or `vmap` of one's own.
@@ -270,25 +258,19 @@ class Update:
         a whole cycle with phases: `batch` has the `update.cycle` batches on a leading axis where there are several.
         With phases that take turns the metrics are stacked.
         """
-        self._check_whole(state, "pure")
+        check_whole(state, "pure")
         if self.schedule.phase is not None:
             raise UpdateError("pure can't ask phase= for a step that is traced: use update(...) or update.scan(...)")
         if self.cycle > 1:
-            lengths = {path: jnp.shape(leaf)[:1] for path, leaf in flatten(batch).items()}
-            if wrong := {path: length for path, length in lengths.items() if length != (self.cycle,)}:
-                raise UpdateError(
-                    f"pure takes in {self.cycle} batches stacked on a leading axis ({self._cycle_in_words}), not"
-                    f" {wrong}; for more of them use update.scan, or a scan of your own over pure"
-                )
+            check_cycle(batch, self.cycle, self._cycle_in_words)
         if self.schedule.alternates:
-            return many_turns(self.steps, self.schedule.cycle)(state, batch, lr, False)
-        return one_turn(self.steps, self.schedule.cycle[0])(state, batch, lr, False)
+            return make_cycles(self.steps, self.schedule.cycle)(state, batch, lr)
+        return make_turn(self.steps, self.schedule.cycle[0])(state, batch, lr)
 
     def lower(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> Any:
         """The program that a call with these arguments would run, as `jax.jit(...).lower` gives it; nothing is run."""
-        call = self._call_of(state)
-        program = self._program(call, state)
-        return program.jitted.lower(*program.arguments(state), batch, lr)
+        program = self._programs.program(self._call_of(state), state)
+        return program.jitted.lower(*program.split(state), batch, lr)
 
     def flush(self, state: TrainState) -> tuple[TrainState, Metrics]:
         """Ends a window that was cut short, as at the end of an epoch, in the way that `remainder` says.
@@ -296,13 +278,13 @@ class Update:
         Returns:
           The new state, and the means over the window if it made a step, else no metrics.
         """
-        self._check_state(state)
-        if int(state.pending) == 0 or self.remainder == "carry":
+        check_state(state)
+        if int(state.pending) == 0 or self.options.remainder == "carry":
             return state, {}
-        if self.remainder == "drop":
+        if self.options.remainder == "drop":
             return dataclasses.replace(state, window=None, pending=np.zeros((), np.int32)), {}
         call = Call("flush", (self.schedule.turn(int(state.step)),))
-        return self._run(call, state, None, None, batches=0)
+        return self._programs.run(call, state, None, None, batches=0, steps=1)
 
     def adopt(self, other: "Update", state: TrainState) -> tuple[TrainState, Adoption]:
         """A state for this update with what fits of another one's; see `Optimizer.adopt`.
@@ -314,14 +296,12 @@ class Update:
         Raises:
           UpdateError: a window is pending.
         """
-        self._check_state(state)
-        self._check_whole(state, "adopt")
+        check_state(state)
+        check_whole(state, "adopt")
         opt_state, report = self.optim.adopt(other.optim, state.opt_state, state.params)
-        scale = self.steps[0].loss_scale
-        kept = state.loss_scale if scale is None or state.loss_scale is not None else scale.init()
-        new = dataclasses.replace(
-            state, opt_state=opt_state, loss_scale=None if scale is None else kept, configuration=self.configuration
-        )
+        keeps_scale = self.options.loss_scale is not None and state.scale_state is not None
+        scale_state = state.scale_state if keeps_scale else self._initial_scale()
+        new = dataclasses.replace(state, opt_state=opt_state, scale_state=scale_state, configuration=self.configuration)
         return new, report
 
     # How it is compiled and called.
@@ -332,55 +312,24 @@ class Update:
         return f"accumulate={self.accumulate}" + (f", and {turns} turns in a cycle" if self.schedule.alternates else "")
 
     def _call_of(self, state: TrainState) -> Call:
-        self._check_state(state)
+        check_state(state)
+        check_position(state, self.accumulate)
         position, length = int(state.pending), self.accumulate
-        if position >= length:
-            raise UpdateError(
-                f"{position} batches are pending in the state, of a longer window than accumulate={length}: end it"
-                " first with update.flush(state), or keep to the accumulate= that it was begun with"
-            )
         kind = "last" if position + 1 == length else "middle" if position else "first"
         return Call("whole" if length == 1 else kind, (self.schedule.turn(int(state.step)),))
 
-    def _check_state(self, state: TrainState) -> None:
-        if not isinstance(state, TrainState):
-            raise UpdateError(
-                f"an update takes a TrainState, not {type(state).__name__}: state = update.init(params), then"
-                " state, metrics = update(state, batch)"
-            )
-        if isinstance(state.step, jax.core.Tracer):
-            raise UpdateError("update() was called under a trace: use update.pure in a jit, scan or vmap of your own")
+    def _take(self, state: TrainState, batch: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
+        """Takes in one batch."""
+        call = self._call_of(state)
+        check_rates(lr, self.optim.trained)
+        if call.only_adds:
+            return self._programs.run(call, state, batch, None, batches=1, steps=0)
+        call = call._replace(measured=measured)
+        return self._programs.run(call, state, batch, lr, batches=1, steps=len(call.turns[0]))
 
-    def _check_rates(self, lr: Mapping[str, Any] | None) -> None:
-        if lr is None:
-            return
-        if not isinstance(lr, Mapping) or any(part not in self.optim.trained for part in lr):
-            raise UpdateError(f"lr={lr!r}: give a rate by part, of the parts {listed(self.optim.trained)}")
+    @functools.cached_property
+    def _programs(self) -> Programs:
+        return Programs(self.schedule.phases, self.steps)
 
-    def _check_whole(self, state: TrainState, where: str) -> None:
-        if state.window is not None:
-            raise UpdateError(
-                f"{where} takes in whole windows, but one is pending: end it first, with update.flush(state)"
-            )
-
-    def _run(
-        self, call: Call, state: TrainState, batch: Any, lr: Any, *, batches: int = 1, steps: int | None = None
-    ) -> tuple[TrainState, Metrics]:
-        self._check_rates(lr)
-        if call.sums:
-            lr, call, steps = None, call._replace(measured=False), 0
-        elif steps is None:
-            steps = len(call.turns[0])
-        return self._program(call, state)(
-            state, batch, lr,
-            step=np.array(state.step + steps, np.int32),
-            batches=np.array(state.batches + batches, np.int32),
-            pending=np.array(state.pending + 1 if call.sums else 0, np.int32),
-        )  # fmt: skip
-
-    def _program(self, call: Call, state: TrainState) -> Program:
-        form, _ = taken_apart(state)
-        program = self._programs.get((call, form))
-        if program is None:
-            program = self._programs[call, form] = Program(self.steps, call, form)
-        return program
+    def _initial_scale(self) -> LossScaleState | None:
+        return None if self.options.loss_scale is None else self.options.loss_scale.init()

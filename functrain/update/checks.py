@@ -1,0 +1,65 @@
+"""What an update refuses of a call; each error says what to write instead."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from functrain.errors import UpdateError
+from functrain.tree.arrays import common_length, leading_lengths
+from functrain.tree.text import listed
+from functrain.update.state import TrainState
+
+
+def check_state(state: TrainState) -> None:
+    """Raises for what is no state, or is traced."""
+    if not isinstance(state, TrainState):
+        raise UpdateError(
+            f"an update takes a TrainState, not {type(state).__name__}: state = update.init(params), then"
+            " state, metrics = update(state, batch)"
+        )
+    if isinstance(state.step, jax.core.Tracer):
+        raise UpdateError("update() was called under a trace: use update.pure in a jit, scan or vmap of your own")
+
+
+def check_position(state: TrainState, accumulate: int) -> None:
+    """Raises for a window with more batches than a window has."""
+    if int(state.pending) >= accumulate:
+        raise UpdateError(
+            f"{int(state.pending)} batches are pending in the state, of a longer window than accumulate={accumulate}:"
+            " end it first with update.flush(state), or keep to the accumulate= that it was begun with"
+        )
+
+
+def check_whole(state: TrainState, where: str) -> None:
+    """Raises if a window is pending."""
+    if state.window is not None:
+        raise UpdateError(f"{where} takes in whole windows, but one is pending: end it first, with update.flush(state)")
+
+
+def check_rates(lr: Mapping[str, Any] | None, trained: Sequence[str]) -> None:
+    """Raises unless the rates are by part."""
+    if lr is not None and (not isinstance(lr, Mapping) or any(part not in trained for part in lr)):
+        raise UpdateError(f"lr={lr!r}: give a rate by part, of the parts {listed(trained)}")
+
+
+def checked_count(batches: Any, cycle: int, cycle_in_words: str) -> int:
+    """The number of batches on a leading axis, which is a multiple of those in a cycle."""
+    lengths = leading_lengths(batches)
+    count = common_length(lengths.values())
+    if not count or count % cycle:
+        raise UpdateError(
+            f"scan needs batches stacked on a leading axis, a multiple of {cycle} of them ({cycle_in_words}), not"
+            f" {lengths}"
+        )
+    return count
+
+
+def check_cycle(batch: Any, cycle: int, cycle_in_words: str) -> None:
+    """Raises unless the batches of exactly one cycle are on a leading axis."""
+    lengths = leading_lengths(batch)
+    if wrong := {path: length for path, length in lengths.items() if length != (cycle,)}:
+        raise UpdateError(
+            f"pure takes in {cycle} batches stacked on a leading axis ({cycle_in_words}), not {wrong}; for more of them"
+            " use update.scan, or a scan of your own over pure"
+        )

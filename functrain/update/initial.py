@@ -1,0 +1,107 @@
+"""How a state starts: every buffer its own, laid out as params are; and its shapes, without computing anything."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from functrain.errors import UpdateError
+from functrain.optim.optimizer import Optimizer
+from functrain.tree.arrays import as_array, committed_sharding, replicated_over
+from functrain.tree.paths import PyTree, flatten
+from functrain.tree.text import listed
+from functrain.update.state import TrainState
+
+
+def initial_state(
+    optim: Optimizer,
+    params: PyTree,
+    *,
+    model_state: Any,
+    scale_state: Any,
+    key: Any,
+    configuration: str,
+    copy: bool,
+) -> TrainState:
+    """A state whose every buffer is its own, so that all of it can be donated."""
+    arrays = jax.Array | np.ndarray | np.generic | int | float | complex
+    if bad := [path for path, leaf in flatten(params).items() if not isinstance(leaf, arrays)]:
+        raise UpdateError(
+            f"params hold {listed(bad)}, which is no array: a TrainState takes arrays only; split the rest off first,"
+            " e.g. with eqx.partition(model, eqx.is_array), and put it back in the loss function"
+        )
+    taken = {id(leaf) for leaf in jax.tree.leaves((params, model_state))} if copy else set()
+    params, model_state = jax.tree.map(as_array, (params, model_state))
+    replicated = replicated_over(params)
+
+    def in_its_own_buffer(leaf: Any) -> Any:
+        if id(leaf) in taken:
+            leaf = jnp.array(leaf, copy=True)
+        taken.add(id(leaf))
+        return leaf if replicated is None or committed_sharding(leaf) else jax.device_put(leaf, replicated)
+
+    counter = np.zeros((), np.int32)
+    on_device = {
+        "params": params,
+        "opt_state": optim.init(params),
+        "model_state": model_state,
+        "key": key,
+        "scale_state": scale_state,
+    }
+    return TrainState(
+        **jax.tree.map(in_its_own_buffer, on_device),
+        step=counter,
+        batches=counter,
+        pending=counter,
+        window=None,
+        configuration=configuration,
+    )
+
+
+def abstract_state(
+    optim: Optimizer,
+    params: PyTree,
+    *,
+    model_state: Any,
+    scale_state: Callable[[], Any],
+    key: Any,
+    configuration: str,
+) -> TrainState:
+    """The shapes, dtypes and shardings of an initial state, from arrays or shapes, without computing anything."""
+    counter = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def initial(params: PyTree, model_state: Any, key: Any) -> TrainState:
+        return TrainState(
+            params=params,
+            opt_state=optim.init(params),
+            model_state=model_state,
+            scale_state=scale_state(),
+            key=key,
+            step=None,
+            batches=None,
+            pending=None,
+            window=None,
+            configuration=configuration,
+        )
+
+    shapes = jax.eval_shape(initial, params, model_state, key)
+    replicated = replicated_over(params)
+    if replicated is not None:
+        as_given = (params, model_state, key)
+        of_params, of_model, of_key = jax.tree.map(lambda leaf: committed_sharding(leaf) or replicated, as_given)
+        shardings = dataclasses.replace(
+            shapes,
+            params=of_params,
+            opt_state=optim.shardings(of_params),
+            model_state=of_model,
+            scale_state=jax.tree.map(lambda _: replicated, shapes.scale_state),
+            key=of_key,
+        )
+        shapes = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+        )
+    state: TrainState = dataclasses.replace(shapes, step=counter, batches=counter, pending=counter)
+    return state

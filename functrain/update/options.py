@@ -1,0 +1,42 @@
+"""What all steps of an update share."""
+
+import dataclasses
+from typing import Literal
+
+from functrain.errors import UpdateError
+from functrain.optim.optimizer import Optimizer
+from functrain.update.precision import DynamicScale
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Options:
+    """The options of `make_update` that hold for every phase, checked.
+
+    Raises:
+      UpdateError: an option that is none of those that `make_update` says.
+    """
+
+    optim: Optimizer
+    accumulate: int = 1
+    microbatches: int = 1
+    remainder: Literal["flush", "drop", "carry"] = "flush"
+    nonfinite: Literal["ignore", "skip"] = "ignore"
+    loss_scale: DynamicScale | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.optim, Optimizer):
+            raise UpdateError(f"make_update(loss_fn, optim) takes an ft.Optimizer, not {type(self.optim).__name__}")
+        if self.loss_scale is not None and not isinstance(self.loss_scale, DynamicScale):
+            raise UpdateError(f"loss_scale={self.loss_scale!r}: write ft.DynamicScale(initial=2.0**15)")
+        for name, count in (("accumulate", self.accumulate), ("microbatches", self.microbatches)):
+            if not isinstance(count, int) or count < 1:
+                raise UpdateError(f"{name}={count!r}: give a whole number of at least 1")
+        if self.remainder not in ("flush", "drop", "carry"):
+            raise UpdateError(f"remainder={self.remainder!r}: write 'flush', 'drop' or 'carry'")
+        if self.nonfinite not in ("ignore", "skip"):
+            raise UpdateError(f"nonfinite={self.nonfinite!r}: write 'ignore' or 'skip'")
+
+    @property
+    def skips(self) -> bool:
+        """Whether an update with a gradient that is not finite is left out."""
+        return self.nonfinite == "skip" or self.loss_scale is not None

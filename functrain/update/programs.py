@@ -1,0 +1,199 @@
+"""The programs of an update: what each kind of call compiles, consumes and returns, and where they are kept."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from functrain.errors import LossError, UpdateError
+from functrain.gradients.loss import Loss, name_of
+from functrain.tree.text import listed
+from functrain.update.packed import Form, pack, packed_leaves, unpack
+from functrain.update.phases import Phase, Turn
+from functrain.update.state import TrainState
+from functrain.update.step import Metrics, Step
+from functrain.update.turns import Body, make_cycles, make_turn, under_phases
+from functrain.update.window import Window
+
+
+class Call(NamedTuple):
+    """What is compiled once: a kind of call, the turns that it takes (of a scan one cycle), whether with telemetry."""
+
+    kind: str
+    turns: tuple[Turn, ...]
+    measured: bool = False
+
+    @property
+    def only_adds(self) -> bool:
+        """Whether it adds to a window and makes no step."""
+        return self.kind in ("first", "middle")
+
+
+class Program:
+    """The compiled program of a call, for states of a form.
+
+    It consumes the leaves of the state that it changes, and reads the others: a phase leaves the networks of other
+    phases where they are, and every update what is frozen. XLA deletes what is consumed and writes the new in its
+    place. Optimizer state that it does not change is no argument of it: nothing of it is looked at.
+    """
+
+    def __init__(self, steps: Sequence[Step], call: Call, form: Form):
+        self.form = form
+        self._consumes = _changed(steps, call, form)
+        self._reads = _read(self._consumes, form)
+        # Only a middle batch returns a window, of which a consumed one could be the place.
+        self._consumes_window = call.kind == "middle"
+        self.jitted = self._jitted(steps, call)
+
+    def split(self, state: TrainState) -> tuple[Any, Any]:
+        """What it consumes of a state, and what it reads."""
+        _, leaves = pack(state)
+        consumed = leaves if len(self._consumes) == len(leaves) else [leaves[i] for i in self._consumes]
+        consumed_window, read_window = (state.window, None) if self._consumes_window else (None, state.window)
+        read = ([leaves[i] for i in self._reads], read_window, state.key, state.step, state.batches)
+        return (consumed, consumed_window), read
+
+    def join(self, consumed: Any, read: Any) -> TrainState:
+        """The inverse of `split`; what it gave away nowhere is 0."""
+        (changing, consumed_window), (others, read_window, key, step, batches) = consumed, read
+        given = dict(zip((*self._consumes, *self._reads), (*changing, *others), strict=True))
+        return TrainState(
+            **self.form.fields([given.get(i, 0) for i in range(self.form.leaves)]),
+            key=key,
+            step=step,
+            batches=batches,
+            pending=0,
+            window=consumed_window or read_window,
+        )
+
+    def __call__(self, state: TrainState, batch: Any, lr: Any, **counters: Any) -> tuple[TrainState, Metrics]:
+        """The next state, with the given counters, and the metrics.
+
+        Raises:
+          UpdateError: an earlier call has consumed the state.
+        """
+        consumed, read = self.split(state)
+        _check_not_deleted(consumed, read)
+        changed, window, metrics = self.jitted(consumed, read, batch, lr)
+        leaves = changed
+        if len(changed) < self.form.leaves:
+            leaves = pack(state)[1].copy()
+            for i, leaf in zip(self._consumes, changed, strict=True):
+                leaves[i] = leaf
+        others = {"key": state.key, "window": window, "configuration": state.configuration, **counters}
+        return unpack(TrainState, self.form, leaves, **others), metrics
+
+    def _jitted(self, steps: Sequence[Step], call: Call) -> Any:
+        body = _body(steps, call)
+
+        def run(consumed: Any, read: Any, batch: Any, lr: Any) -> tuple[list[Any], Any, Metrics]:
+            state, metrics = body(self.join(consumed, read), batch, lr)
+            leaves = packed_leaves(state)
+            return [leaves[i] for i in self._consumes], state.window, metrics
+
+        run.__name__ = f"functrain_{call.kind}"
+        out_shardings = None
+        if self.form.shardings is not None:
+            step = steps[call.turns[0][0]]
+            split = step.options.optim.parts.split(self.form.field("params", self.form.shardings))
+            grads = {part: split[part] for part in step.parts}
+            window = Window(grads=grads, metrics=None, weight=None) if call.only_adds else None
+            out_shardings = ([self.form.shardings[i] for i in self._consumes], window, None)
+        return jax.jit(run, donate_argnums=0, out_shardings=out_shardings)
+
+
+class Programs:
+    """The programs of an update, each made when it is first called for; and what they know of each other."""
+
+    def __init__(self, phases: Sequence[Phase], steps: Sequence[Step]):
+        self._phases = phases
+        self._steps = [dataclasses.replace(step, see=functools.partial(self._see, step.index)) for step in steps]
+        self.kept: dict[tuple[Call, Form], Program] = {}
+        self._losses: dict[int, list[str]] = {}
+
+    def program(self, call: Call, state: TrainState) -> Program:
+        """The program of a call with such a state."""
+        form, _ = pack(state)
+        program = self.kept.get((call, form))
+        if program is None:
+            program = self.kept[call, form] = Program(self._steps, call, form)
+        return program
+
+    def run(
+        self, call: Call, state: TrainState, batch: Any, lr: Mapping[str, Any] | None, *, batches: int, steps: int
+    ) -> tuple[TrainState, Metrics]:
+        """Makes a call, which takes in a number of batches and makes a number of steps."""
+        return self.program(call, state)(
+            state,
+            batch,
+            lr,
+            step=np.array(state.step + steps, np.int32),
+            batches=np.array(state.batches + batches, np.int32),
+            pending=np.array(state.pending + 1 if call.only_adds else 0, np.int32),
+        )
+
+    def _see(self, index: int, loss: Loss) -> None:
+        """Raises if one program returns other losses than another: what they are logged as would jump."""
+        names = sorted(loss.values)
+        before = self._losses.setdefault(index, names)
+        if names != before:
+            raise LossError(
+                f"{name_of(self._phases[index].loss_fn)} returned the losses {listed(names)}, and before"
+                f" {listed(before)}: return the same names in every call, a constant 0.0 where one does not apply"
+            )
+
+
+def _check_not_deleted(consumed: Any, read: Any) -> None:
+    # One leaf of each tells: what a call consumes is deleted together.
+    told = [*consumed[0][:1], *read[0][:1], *([consumed[1].weight] if consumed[1] else [])]
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in told):
+        raise UpdateError(
+            "this state was consumed by an earlier call, and with it every shallow copy: go on from the state that"
+            " the call returned, state, metrics = update(state, batch), or copy.deepcopy(state) before it"
+        )
+
+
+def _changed(steps: Sequence[Step], call: Call, form: Form) -> list[int]:
+    """Which leaves of the state a call changes."""
+    numbers = form.fields(range(form.leaves))
+    changed = [numbers["model_state"]]
+    if not call.only_adds:
+        mine = [steps[index] for turn in call.turns for index in turn]
+        parts = {part for step in mine for part in step.parts}
+        params = numbers["params"]
+        if not any(step.after for step in mine):
+            split = mine[0].options.optim.parts.split(params)
+            params = [split[part] for part in parts]
+        changed += [params, [numbers["opt_state"][part] for part in parts], numbers["scale_state"]]
+    return sorted(jax.tree.leaves(changed))
+
+
+def _read(changed: Sequence[int], form: Form) -> list[int]:
+    """Which others it looks at: optimizer state that it does not change is none of them."""
+    numbers = form.fields(range(form.leaves))
+    del numbers["opt_state"]
+    return sorted({*jax.tree.leaves(numbers)} - {*changed})
+
+
+def _body(steps: Sequence[Step], call: Call) -> Body:
+    """What a call computes, as a pure function."""
+    turn, measured = call.turns[0], call.measured
+    if call.kind == "scan":
+        return make_cycles(steps, call.turns)
+    if call.kind == "whole":
+        return make_turn(steps, turn, measured=measured)
+    step = steps[turn[0]]
+
+    def run(state: TrainState, batch: Any, lr: Any) -> tuple[TrainState, Metrics]:
+        if call.only_adds:
+            state, metrics = step.add(state, batch)
+        elif call.kind == "last":
+            state, metrics = step.last(state, batch, lr, measured=measured)
+        else:
+            state, metrics = step.flush(state, lr, measured=measured)
+        return state, under_phases({step.name: metrics})
+
+    return run

@@ -1,0 +1,234 @@
+"""What an update computes: pure functions from a state and a batch to the next state and metrics."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from functrain.errors import LossError, UpdateError
+from functrain.gradients.loss import Context, Loss
+from functrain.tree.arrays import as_array, common_length, is_finite, leading_lengths
+from functrain.tree.paths import PyTree, flatten, structure_difference
+from functrain.tree.text import listed
+from functrain.update.options import Options
+from functrain.update.state import TrainState
+from functrain.update.telemetry import by_part
+from functrain.update.window import add_to_window, empty_window
+
+Metrics = dict[str, Any]
+After = Callable[[PyTree, Any, Any], tuple[PyTree, Any]]
+RESERVED = {"loss_scale", "nonfinite", "parts", "skipped"}
+
+
+class _Stepped(NamedTuple):
+    """What an optimizer step leaves."""
+
+    params: PyTree
+    opt_state: Any
+    model_state: Any
+    telemetry: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Step:
+    """The parts of an update in one phase as functions, which return the next state and metrics.
+
+    Attributes:
+      name: the phase's; empty for an update without phases.
+      index: the phase's number.
+      parts: the parts that it trains.
+      gradient: from `make_gradient`, of the phase's loss.
+      after: what is done after each optimizer step, in order.
+      options: what all steps of the update share.
+      see: called with the `Loss` of each batch when it is traced; a pure function is not told here.
+    """
+
+    name: str
+    index: int
+    parts: tuple[str, ...]
+    gradient: Callable[..., tuple[Any, Loss, Any]]
+    after: tuple[After, ...]
+    options: Options
+    see: Callable[[Loss], None] = lambda loss: None
+
+    def whole(
+        self, state: TrainState, batch: Any, lr: Any, *, measured: bool, repeat: int = 0
+    ) -> tuple[TrainState, Metrics]:
+        """A batch that is a window of its own; the turn that it belongs to counts it. `repeat`: steps on it before."""
+        grads, metrics, _, model_state = self._gradients(state, batch, repeat)
+        return self._end(state, grads, metrics, model_state, lr, measured=measured)
+
+    def add(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """A batch that does not end its window: its gradients are added to what is pending."""
+        grads, metrics, weight, model_state = self._gradients(state, batch)
+        window = add_to_window(state.window, grads, metrics, weight)
+        return dataclasses.replace(_one_batch_more(state), window=window, model_state=model_state), metrics
+
+    def last(self, state: TrainState, batch: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
+        """A batch that ends its window."""
+        grads, metrics, weight, model_state = self._gradients(state, batch)
+        grads, metrics = add_to_window(state.window, grads, metrics, weight).mean()
+        return self._end(_one_batch_more(state), grads, metrics, model_state, lr, measured=measured)
+
+    def flush(self, state: TrainState, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
+        """No batch: what is pending ends its window."""
+        assert state.window is not None
+        grads, metrics = state.window.mean()
+        return self._end(state, grads, metrics, state.model_state, lr, measured=measured)
+
+    def window(self, state: TrainState, batches: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
+        """A whole window at once, its batches on a leading axis."""
+
+        def add(state: TrainState, batch: Any) -> tuple[TrainState, None]:
+            return self.add(state, batch)[0], None
+
+        one = jax.tree.map(lambda leaf: leaf[0], batches)
+        window = jax.eval_shape(lambda state: add(state, one)[0].window, state)
+        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), window)
+        state, _ = jax.lax.scan(add, dataclasses.replace(state, window=empty), batches)
+        return self.flush(state, lr, measured=measured)
+
+    # The gradients of a batch.
+
+    def _gradients(self, state: TrainState, batch: Any, repeat: int = 0) -> tuple[Any, Metrics, Any, Any]:
+        """The gradients, metrics, weight and new model state of one batch."""
+        key = self._key(state, repeat)
+        scale = None if state.scale_state is None else state.scale_state.scale
+
+        def gradients(batch: Any, key: Any, model_state: Any) -> tuple[Any, Metrics, Any, Any]:
+            grads, loss, total = self.gradient(state.params, batch, Context(key, model_state, state.step), scale)
+            self.see(loss)
+            new = _like(loss.model_state, model_state, "the model_state that the loss function returned", LossError)
+            if self.options.skips:
+                finite = is_finite(grads)
+                new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, model_state)
+            return grads, _metrics(loss, total), loss.weight, new
+
+        count = self.options.microbatches
+        if count == 1:
+            return gradients(batch, key, state.model_state)
+
+        def microbatch(carry: Any, inputs: Any) -> tuple[Any, None]:
+            window, model_state = carry
+            index, batch = inputs
+            folded = None if key is None else jax.random.fold_in(key, index)
+            grads, metrics, weight, model_state = gradients(batch, folded, model_state)
+            return (add_to_window(window, grads, metrics, weight), model_state), None
+
+        slices = _sliced(batch, count)
+        one = jax.tree.map(lambda leaf: leaf[0], slices)
+        of_grads, of_metrics, *_ = jax.eval_shape(gradients, one, key, state.model_state)
+        start = (empty_window(of_grads, of_metrics), state.model_state)
+        (window, model_state), _ = jax.lax.scan(microbatch, start, (jnp.arange(count), slices))
+        return (*window.mean(), window.weight, model_state)
+
+    def _key(self, state: TrainState, repeat: int) -> Any:
+        """The key of a batch: it follows from its number and the phase alone."""
+        if state.key is None:
+            return None
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.batches), self.index)
+        return jax.random.fold_in(key, repeat) if repeat else key
+
+    # The optimizer step: applied, measured, and guarded where it may be skipped.
+
+    def _end(
+        self, state: TrainState, grads: Any, metrics: Metrics, model_state: Any, lr: Any, *, measured: bool
+    ) -> tuple[TrainState, Metrics]:
+        """The state after an optimizer step with these gradients, which ends the window."""
+        state = dataclasses.replace(state, model_state=model_state, step=state.step + 1)
+
+        def step() -> _Stepped:
+            return self._applied(state, grads, metrics["loss"], lr, measured=measured)
+
+        scale_state = state.scale_state
+        if self.options.skips:
+            nonfinite = {part: ~is_finite(flat) for part, flat in grads.items()}
+            skipped = jnp.any(jnp.stack(list(nonfinite.values())))
+            stepped = _guarded(step, state, skipped, measured=measured)
+            metrics = metrics | {"skipped": skipped.astype(jnp.int32), "nonfinite": nonfinite}
+            if self.options.loss_scale is not None:
+                metrics = metrics | {"loss_scale": scale_state.scale}
+                scale_state = self.options.loss_scale.adjusted(scale_state, ~skipped)
+        else:
+            stepped = step()
+        if measured:
+            metrics = metrics | {"parts": stepped.telemetry}
+        ended = dataclasses.replace(
+            state,
+            params=stepped.params,
+            opt_state=stepped.opt_state,
+            model_state=stepped.model_state,
+            scale_state=scale_state,
+            pending=state.pending * 0,
+            window=None,
+        )
+        return ended, metrics
+
+    def _applied(self, state: TrainState, grads: Any, loss: Any, lr: Any, *, measured: bool) -> _Stepped:
+        """An optimizer step, and what is done after it."""
+        optim = self.options.optim
+        updates, opt_state = optim.update(grads, state.opt_state, state.params, lr=lr, value=loss)
+        params, model_state = optim.apply_updates(state.params, updates), state.model_state
+        for after in self.after:
+            returned = after(params, model_state, state.step)
+            if not isinstance(returned, tuple) or len(returned) != 2:
+                raise UpdateError(f"after= must return (params, model_state), not {type(returned).__name__}")
+            params = _like(returned[0], state.params, "the params that after= returned", UpdateError)
+            model_state = _like(returned[1], state.model_state, "the model_state that after= returned", UpdateError)
+        telemetry = {}
+        if measured:
+            telemetry = by_part(grads, updates, optim.parts.split(state.params), optim.learning_rates(opt_state))
+        return _Stepped(params, opt_state, model_state, telemetry)
+
+
+def _guarded(step: Callable[[], _Stepped], state: TrainState, skipped: jax.Array, *, measured: bool) -> _Stepped:
+    """The step, unless it is skipped: then all as it was."""
+    telemetry = jax.eval_shape(step).telemetry if measured else {}
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), telemetry)
+    as_it_was = _Stepped(state.params, state.opt_state, state.model_state, nothing)
+    stepped: _Stepped = jax.lax.cond(skipped, lambda: as_it_was, step)
+    return stepped
+
+
+def _one_batch_more(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, batches=state.batches + 1, pending=state.pending + 1)
+
+
+def _metrics(loss: Loss, total: Any) -> Metrics:
+    named = dict(loss.value) if isinstance(loss.value, Mapping) else {}
+    other = dict(loss.metrics) if isinstance(loss.metrics, Mapping) else {"metrics": loss.metrics}
+    if twice := sorted(({"loss"} & {*named, *other}) | (named.keys() & other.keys()) | (RESERVED & {*named, *other})):
+        raise LossError(f"{listed(twice)} names a loss or a metric, and something else in the metrics: rename it")
+    return {"loss": total, **named, **other}
+
+
+def _sliced(batch: Any, count: int) -> Any:
+    """A batch as slices on a new leading axis; each takes every count-th example, so that none leaves its device."""
+    lengths = leading_lengths(batch)
+    if len({*lengths.values()}) > 1:
+        shapes = {path: jnp.shape(leaf) for path, leaf in flatten(batch).items()}
+        raise UpdateError(
+            f"microbatches={count}: the leaves of a batch must have one leading axis, of examples: {shapes}"
+        )
+    if lengths and (common_length(lengths.values()) or 1) % count:
+        path, leaf = next(iter(flatten(batch).items()))
+        raise UpdateError(
+            f"microbatches={count}: the leading axis of {path!r}, shaped {jnp.shape(leaf)}, is no multiple of it"
+        )
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _like(new: Any, old: Any, what: str, error: type[Exception]) -> Any:
+    """The new tree, if it has the structure, shapes and dtypes of the old one: else the update would compile anew."""
+    if differs := structure_difference(new, old):
+        raise error(f"{what} must be of the structure that update.init was given: it {differs}")
+    types = [
+        {path: (jnp.shape(leaf), jnp.result_type(leaf)) for path, leaf in flatten(tree).items()} for tree in (new, old)
+    ]
+    for path, (shape, dtype) in types[0].items():
+        if (shape, dtype) != types[1][path]:
+            before = "{1}{0}".format(*types[1][path])
+            raise error(f"{what} must keep its shapes and dtypes: {path!r} is {dtype}{shape}, and was {before}")
+    return jax.tree.map(as_array, new)

@@ -1,0 +1,50 @@
+"""A window: the batches whose gradients make one optimizer step, while it is not finished."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from functrain.gradients.accumulation import Accumulated, accumulate, zeros
+from functrain.tree.arrays import wide
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The weighted sums of the batches of a window so far, a pytree.
+
+    >>> window = add_to_window(None, {"all": {"w": 1.0}}, {"loss": 2.0}, weight=3)
+    >>> window = add_to_window(window, {"all": {"w": 5.0}}, {"loss": 6.0}, weight=1)
+    >>> jax.tree.map(float, window.mean())
+    ({'all': {'w': 2.0}}, {'loss': 3.0})
+
+    Attributes:
+      grads: `{part: {path: sum}}`, of the parts that its phase trains; float32 for 16-bit gradients.
+      metrics: sums of the metrics, in float32 or wider.
+      weight: the sum of the weights, a floating-point scalar.
+    """
+
+    grads: Any
+    metrics: Any
+    weight: Any
+
+    def mean(self) -> tuple[Any, Any]:
+        """The weighted means of gradients and metrics: those of the union of the batches."""
+        grads, metrics = Accumulated((self.grads, self.metrics), self.weight).mean()
+        return grads, metrics
+
+
+def add_to_window(window: Window | None, grads: Any, metrics: Any, weight: Any) -> Window:
+    """The window with one batch more; None is a window that begins."""
+    before = None if window is None else Accumulated((window.grads, window.metrics), window.weight)
+    acc = accumulate(before, (grads, jax.tree.map(wide, metrics)), weight=weight)
+    of_grads, of_metrics = acc.sums
+    return Window(of_grads, of_metrics, acc.weights)
+
+
+def empty_window(grads: Any, metrics: Any) -> Window:
+    """A window for such gradients and metrics, arrays or shapes, with no batch in it, to carry through a `scan`."""
+    acc = zeros((grads, jax.eval_shape(lambda metrics: jax.tree.map(wide, metrics), metrics)))
+    of_grads, of_metrics = acc.sums
+    return Window(of_grads, of_metrics, acc.weights)
