@@ -14,7 +14,7 @@ test: .venv/.dev
 	$(BIN)/pytest -q -n 2 --dist worksteal
 
 soak: .venv/.dev
-	RESUME_KILLS=200 $(BIN)/pytest -q -n 2 tests/test_resume.py -k killed_at_random
+	RESUME_KILLS=200 $(BIN)/pytest -q -n 2 tests/loop/test_resume.py -k killed_at_random
 
 bench: .venv/.bench
 	$(BIN)/python benchmarks/partition.py

@@ -14,6 +14,7 @@ import flax.linen as nn
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -103,6 +104,20 @@ def identical(one: Any, other: Any) -> bool:
     leaves, structure = jax.tree.flatten(one)
     others, other_structure = jax.tree.flatten(other)
     return bool(structure == other_structure) and all(a is b for a, b in zip(leaves, others, strict=True))
+
+
+def bits(tree: Any) -> dict[str, Any]:
+    """Path, dtype, shape and bytes of every leaf."""
+
+    def of(leaf: Any) -> Any:
+        array = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+        return str(leaf.dtype), array.shape, array.tobytes()
+
+    return {path: of(leaf) for path, leaf in ft.flatten(tree).items()}
+
+
+def is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def says(*phrases: str) -> str:

@@ -45,7 +45,7 @@ def make_update(
     """Makes the compiled update of a loss function and an optimizer.
 
     >>> from functrain import Optimizer, partition, with_lr
-    >>> import optax
+    >>> import jax.numpy as jnp, optax
     >>> params = {"w": jnp.ones(2)}
     >>> optim = Optimizer(partition(params, {"all": ...}), {"all": with_lr(optax.sgd, 0.5)})
     >>> update = make_update(lambda params, batch: jnp.sum(params["w"] * batch), optim, accumulate=2)

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_checkpoints import bits
-from trees import says
+from trees import bits, says
 
 import functrain as ft
 from functrain.errors import CheckpointError

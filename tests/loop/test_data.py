@@ -20,7 +20,7 @@ from sklearn import datasets
 from functrain.errors import DataError
 from functrain.loop.data import from_arrays, from_tfds
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Records(tfds.core.GeneratorBasedBuilder):
@@ -432,7 +432,7 @@ def test_tensorflow_is_never_imported_even_where_it_is_installed(tmp_path):
         "    batches += data.from_tfds('mnist', 'train', 50, data_dir=sys.argv[1])\n"
         "print([batch['image'].shape for batch in batches], 'tensorflow' in sys.modules)"
     )
-    printed = output(run(program, tmp_path / "data", path=(tmp_path, ROOT / "tests")))
+    printed = output(run(program, tmp_path / "data", path=(tmp_path, pathlib.Path(__file__).parent)))
     assert printed.endswith(f"{[(32, 8, 8)] * 4 + [(50, 28, 28, 1)] * 2} False\n")
     assert not (tmp_path / "imported").exists()
 

@@ -1,6 +1,5 @@
 """An evaluation sees every example once, with its weight, in one compiled program, and what pads a batch never."""
 
-import contextlib
 import re
 import socket
 import subprocess
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import compilations
 from sklearn.metrics import accuracy_score, confusion_matrix, roc_auc_score, top_k_accuracy_score
 
 import functrain as ft
@@ -30,20 +30,6 @@ def batches_of(size, **columns):
 
 def squares(params, batch):
     return {"square": batch["x"] ** 2, "scaled": params * batch["x"]}
-
-
-@contextlib.contextmanager
-def compilations():
-    """The names of the programs that XLA compiles."""
-    names = []
-
-    def listen(event, seconds, **details):
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(details["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 # Means

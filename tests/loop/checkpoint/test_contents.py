@@ -1,0 +1,131 @@
+"""What a checkpoint must have in common with the state that is asked for."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from states import KEY, squares
+from trees import says
+
+import functrain as ft
+from functrain.errors import CheckpointError
+from functrain.loop import manifest
+
+
+def made(params, rules=None, txs=None, *, loss=None, **options):
+    parts = ft.partition(params, rules or {"all": ...})
+    optim = ft.Optimizer(parts, txs or dict.fromkeys(parts.names, optax.sgd(0.1, momentum=0.9)))
+    return ft.make_update(loss or (lambda params, batch: squares(params)), optim, **options), params
+
+
+def two(**changed):
+    return {"a": jnp.zeros((2, 3)), "b": jnp.zeros(4)} | changed
+
+
+BY_NAME = {"a": "a", "b": "b"}
+Y = ft.Phase("y", lambda params, batch: squares(params), "b")
+A_ONCE, A_TWICE = (
+    ft.alternate(ft.Phase("x", lambda params, batch: squares(params), "a", repeat=repeat), Y) for repeat in (1, 2)
+)
+SGD, ADAM = optax.sgd(0.1, momentum=0.9), optax.adam(0.1)
+
+MISFITS = {
+    "a renamed leaf": (
+        made(two()), made({"a": jnp.zeros((2, 3)), "c": jnp.zeros(4)}),
+        ["opt_state/all/0/trace/b: saved as float32[4], now missing", "params/b: saved as float32[4], now missing",
+         "opt_state/all/0/trace/c: not saved, now float32[4]", "params/c: not saved, now float32[4]"],
+    ),
+    "a missing leaf": (
+        made(two()), made({"a": jnp.zeros((2, 3))}),
+        ["opt_state/all/0/trace/b: saved as float32[4], now missing", "params/b: saved as float32[4], now missing"],
+    ),
+    "a leaf more": (
+        made({"a": jnp.zeros((2, 3))}), made(two()),
+        ["opt_state/all/0/trace/b: not saved, now float32[4]", "params/b: not saved, now float32[4]"],
+    ),
+    "another shape": (
+        made(two()), made(two(a=jnp.zeros((3, 2)))),
+        ["opt_state/all/0/trace/a: saved as float32[2,3], now float32[3,2]",
+         "params/a: saved as float32[2,3], now float32[3,2]"],
+    ),
+    "another dtype": (
+        made(two()), made(two(a=jnp.zeros((2, 3), jnp.bfloat16))),
+        ["opt_state/all/0/trace/a: saved as float32[2,3], now bfloat16[2,3]",
+         "params/a: saved as float32[2,3], now bfloat16[2,3]"],
+    ),
+    "another optimizer": (
+        made(two(), BY_NAME, {"a": SGD, "b": SGD}), made(two(), BY_NAME, {"a": SGD, "b": ADAM}),
+        ["opt_state/b/0/trace/b: saved as float32[4], now missing", "opt_state/b/0/count: not saved, now int32[]",
+         "opt_state/b/0/mu/b: not saved, now float32[4]", "opt_state/b/0/nu/b: not saved, now float32[4]"],
+    ),
+    "another optimizer of the same state": (
+        made(two(), txs={"all": ft.with_lr(optax.adam, 0.1)}), made(two(), txs={"all": ft.with_lr(optax.adamw, 0.1)}),
+        ["part 'all': saved with the optimizer adam, now adamw"],
+    ),
+    "a part that is frozen": (
+        made(two(), BY_NAME, {"a": SGD, "b": SGD}), made(two(), BY_NAME, {"a": SGD, "b": ft.FROZEN}),
+        ["part 'b': saved with the optimizer chain, now frozen",
+         "opt_state/b/0/trace/b: saved as float32[4], now missing"],
+    ),
+    "other parts": (
+        made(two(), {"x": "a", "y": ...}), made(two(), {"x": ...}),
+        ["b: saved in part 'y', now in 'x'", "opt_state/y/0/trace/b: saved as float32[4], now missing",
+         "opt_state/x/0/trace/b: not saved, now float32[4]"],
+    ),
+    "parts that are frozen under another name": (
+        made(two(), BY_NAME, {"a": SGD, "b": ft.FROZEN}),
+        made(two(), {"a": "a", "other": "b"}, {"a": SGD, "other": ft.FROZEN}),
+        ["b: saved in part 'b', now in 'other'"],
+    ),
+    "another accumulation": (made(two()), made(two(), accumulate=2), ["accumulate: saved as 1, now 2"]),
+    "other phases": (
+        made(two(), BY_NAME, loss=A_ONCE), made(two(), BY_NAME, loss=A_TWICE),
+        ["phases: saved as [['x', 'a', 1, False], ['y', 'b', 1, False]], now [['x', 'a', 2, False]"],
+    ),
+    "a loss scale": (
+        made(two()), made(two(), loss_scale=ft.DynamicScale()),
+        ["loss_scale/scale: not saved, now float32[]", "loss_scale/good: not saved, now int32[]"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_fit_is_one_error_with_all_that_differs(tmp_path, name):
+    (saved_by, before), (asked_by, now), lines = MISFITS[name]
+    with ft.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(saved_by.init(before))
+    shutil.rmtree(tmp_path / "0" / "state")  # It is raised before an array is read.
+    manifest.path_of(tmp_path / "0").unlink()
+    with pytest.raises(CheckpointError) as raised:
+        checkpoints.restore(like=asked_by.abstract(now))
+    text = str(raised.value)
+    assert text.startswith(f"the checkpoint {tmp_path / '0'} does not fit the state that is asked for:\n")
+    assert text.endswith("that it was saved from, or, if only parts or optimizers are others, regroup=True")
+    told = text.split(":\n", 1)[1].splitlines()[:-1]
+    assert len(told) == len(lines)
+    assert all(one.startswith(f"  {line}") for one, line in zip(told, lines, strict=True)), told
+    assert (tmp_path / "0").is_dir()
+
+
+@pytest.mark.parametrize("given", [{"key": KEY}, {"key": jax.random.key(0, impl="rbg")}, {"model_state": {"m": KEY}}])
+def test_another_key_or_model_state_does_not_fit(tmp_path, given):
+    def loss_fn(params, batch, key=None, model_state=None):
+        return squares(params)
+
+    update, params = made(two(), loss=loss_fn)
+    with ft.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(update.init(params, key=jax.random.PRNGKey(0), model_state={"m": jnp.zeros(2)}))
+    with pytest.raises(CheckpointError, match=says("key: saved as uint32[2], now")):
+        checkpoints.restore(like=update.abstract(params, **{"key": KEY, "model_state": {"m": jnp.zeros(2)}} | given))
+
+
+def test_ten_differences_are_listed_and_the_others_counted(tmp_path):
+    update, params = made({f"w{i:02}": jnp.zeros(1) for i in range(16)}, txs={"all": optax.sgd(0.1)})
+    other, changed = made({f"w{i:02}": jnp.zeros(2) for i in range(16)}, txs={"all": optax.sgd(0.1)})
+    with ft.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(update.init(params))
+        with pytest.raises(CheckpointError, match=says("params/w09: saved as", "\n  ... and 6 more\n")) as raised:
+            checkpoints.restore(like=other.abstract(changed))
+    assert "params/w10" not in str(raised.value)

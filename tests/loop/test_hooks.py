@@ -1,0 +1,216 @@
+"""Hooks, the one that stops a run early, and what is best."""
+
+import re
+
+import numpy as np
+import pytest
+from runs import Recorder, bits, counted, data_of, scripted, start, update_of
+
+import functrain as ft
+
+
+def test_hooks_are_told_each_event_once_and_in_order(tmp_path):
+    """The state that a hook is given is that of the event; what is evaluated and saved follows the update."""
+    recorder = Recorder()
+    ft.fit(
+        *counted(update_of(), batches_an_epoch=2), epochs=2, evaluation=scripted(1, 2), hooks=[recorder],
+        checkpoints=ft.Checkpoints(tmp_path, keep_best="valid/loss"),
+    )  # fmt: skip
+    assert recorder.events == [
+        ("run_started", (0, 0)),
+        ("update_ended", (1, 0)),
+        ("update_ended", (2, 0)),
+        ("evaluation_ended", (2, 1)),
+        ("checkpoint_saved", (2, 1)),
+        ("update_ended", (3, 1)),
+        ("update_ended", (4, 1)),
+        ("evaluation_ended", (4, 2)),
+        ("checkpoint_saved", (4, 2)),
+        ("run_ended", (4, 2)),
+    ]
+    assert recorder.error is None
+
+
+def test_a_step_that_ends_a_window_cut_short_is_told_once():
+    recorder = Recorder(of=lambda run: run.step)
+    ft.fit(*counted(update_of(accumulate=3)), epochs=2, hooks=[recorder])
+    assert recorder.at("update_ended") == [1, 2, 3, 4]
+
+
+class TroubleError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("event", ["run_started", "update_ended", "evaluation_ended", "checkpoint_saved"])
+def test_hooks_are_told_of_the_end_also_when_an_exception_is_it(event, tmp_path):
+    class Failing(ft.Hook):
+        pass
+
+    def fail(self, run):
+        raise TroubleError(event)
+
+    setattr(Failing, event, fail)
+    recorder = Recorder()
+    with pytest.raises(TroubleError, match=event):
+        ft.fit(
+            *counted(update_of()), epochs=2, evaluation=scripted(1, 2), checkpoints=ft.Checkpoints(tmp_path),
+            hooks=[recorder, Failing()],
+        )  # fmt: skip
+    assert recorder.events[-1][0] == "run_ended"
+    assert isinstance(recorder.error, TroubleError)
+
+
+def test_hooks_are_told_of_data_that_fails_and_of_an_interrupt():
+    for error in (TroubleError(), KeyboardInterrupt()):
+
+        def data(error=error):
+            yield from data_of()
+            raise error
+
+        update, recorder = update_of(), Recorder()
+        with pytest.raises(type(error)):
+            ft.fit(update, update.init(start()), data(), epochs=2, hooks=[recorder])
+        assert recorder.error is error
+
+
+class Averaging(ft.Hook):
+    """Counts updates, and stops a run."""
+
+    def __init__(self, stop_at=None):
+        self.count, self.stop_at = 0, stop_at
+
+    def update_ended(self, run):
+        self.count += 1
+        if run.step == self.stop_at:
+            run.stop("enough")
+
+    def state(self):
+        return {"count": self.count}
+
+    def load(self, state):
+        self.count = state["count"]
+
+
+def test_what_a_hook_keeps_is_saved_and_loaded_with_the_checkpoints(tmp_path):
+    for epochs in (1, 3):
+        hook = Averaging()
+        recorder = Recorder(of=lambda run, hook=hook: hook.count)
+        ft.fit(
+            *counted(update_of()), steps=4 * epochs - 1, checkpoints=ft.Checkpoints(tmp_path), hooks=[hook, recorder]
+        )
+    assert recorder.at("run_started") == [3]  # Loaded before the run is told to start.
+
+
+def test_a_hook_that_is_added_leaves_the_others_what_they_saved(tmp_path):
+    ft.fit(*counted(update_of()), steps=3, checkpoints=ft.Checkpoints(tmp_path), hooks=[Averaging()])
+    hook = Averaging()
+    stop = ft.EarlyStopping("valid/loss", patience=2)
+    ft.fit(*counted(update_of()), steps=3, checkpoints=ft.Checkpoints(tmp_path), hooks=[hook], stop=stop)
+    assert hook.count == 3
+    assert np.isnan(stop.best)
+
+
+def test_a_hook_ends_a_run_after_the_update_under_way():
+    result = ft.fit(*counted(update_of()), epochs=9, hooks=[Averaging(stop_at=6)])
+    assert (int(result.state.step), result.epochs, result.stopped) == (6, 1, "enough")
+
+
+# Early stopping, and what is best
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_a_run_stops_after_as_many_evaluations_without_an_improvement_as_it_has_patience(patience):
+    """And not one later, as AIToolbox does."""
+    evaluation = scripted(3, 2, 2, 2, 2, 2, 2)
+    stop = ft.EarlyStopping("valid/loss", patience=patience)
+    result = ft.fit(*counted(update_of()), epochs=100, evaluation=evaluation, stop=stop)
+    assert result.epochs == 2 + patience
+    assert result.stopped == f"valid/loss has not improved for {patience} evaluations"
+
+
+def test_an_improvement_begins_the_count_anew_and_nan_is_none():
+    values = (3, float("nan"), 2, 2, 1, float("nan"), float("nan"))
+    stop = ft.EarlyStopping("valid/loss", patience=2)
+    assert ft.fit(*counted(update_of()), epochs=100, evaluation=scripted(*values), stop=stop).epochs == 7
+
+
+def test_larger_may_be_better_and_an_improvement_no_smaller_than_asked_for():
+    stop = ft.EarlyStopping("valid/loss", patience=2, mode="max", least=0.5)
+    result = ft.fit(*counted(update_of()), epochs=9, evaluation=scripted(1, 2, 2.25, 2.5, 2.75), stop=stop)
+    assert result.epochs == 4  # A gain of 0.5 is not more than 0.5.
+
+
+def test_a_run_stops_in_the_middle_of_an_epoch_where_it_is_evaluated_there():
+    stop, evaluation = ft.EarlyStopping("valid/loss", patience=1), scripted(1, 2, every=ft.Every(updates=3))
+    result = ft.fit(*counted(update_of()), epochs=9, evaluation=evaluation, stop=stop)
+    assert (int(result.state.step), result.epochs) == (6, 1)
+
+
+def test_patience_goes_on_where_the_run_goes_on(tmp_path):
+    def run(epochs, *values):
+        return ft.fit(
+            *counted(update_of()), epochs=epochs, evaluation=scripted(*values),
+            checkpoints=ft.Checkpoints(tmp_path), stop=ft.EarlyStopping("valid/loss", patience=3),
+        )  # fmt: skip
+
+    run(2, 1, 2)
+    assert run(9, 2, 2).epochs == 4
+    again = run(9)  # It is over: an evaluation would find no value.
+    assert (again.epochs, again.stopped) == (4, "valid/loss has not improved for 3 evaluations")
+
+
+def test_one_early_stopping_may_serve_two_runs():
+    stop = ft.EarlyStopping("valid/loss", patience=2)
+    for _ in range(2):
+        assert ft.fit(*counted(update_of()), epochs=9, evaluation=scripted(1, 2, 2), stop=stop).epochs == 3
+
+
+def test_a_result_that_there_is_not_is_told_by_the_first_evaluation():
+    stop = ft.EarlyStopping("valid/accuracy", patience=1)
+    problem = "EarlyStopping('valid/accuracy'): the results are ['valid/loss']; name one of them"
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        ft.fit(*counted(update_of()), epochs=2, evaluation=scripted(1, 2), stop=stop)
+
+
+@pytest.mark.parametrize("options", [{"patience": 0}, {"patience": 1, "mode": "least"}])
+def test_early_stopping_needs_patience_and_a_direction(options):
+    with pytest.raises(ValueError, match=r"EarlyStopping\(patience=.*give at least 1, and 'min' or 'max'"):
+        ft.EarlyStopping("valid/loss", **options)
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 1)])
+def test_the_best_state_comes_back_after_later_and_worse_ones(tmp_path, mode, best):
+    """Catalyst's load_best_on_end."""
+    recorder = Recorder(of=lambda run: bits(run.state.params))
+    checkpoints = ft.Checkpoints(tmp_path, keep_last=1, keep_best="valid/loss", mode=mode)
+    result = ft.fit(
+        *counted(update_of()), epochs=5, evaluation=scripted(9, 1, 8, 7, 3), checkpoints=checkpoints,
+        load_best_on_end=True, hooks=[recorder],
+    )  # fmt: skip
+    states = recorder.at("evaluation_ended")
+    assert bits(result.state.params) == states[best - 1] != states[-1]
+    assert int(result.state.step) == 4 * best
+    assert {path.name for path in checkpoints.steps()} == {str(4 * best), "20"}
+    assert result.results == {"valid/loss": 3.0}
+
+
+def test_without_it_the_last_state_comes_back(tmp_path):
+    checkpoints = ft.Checkpoints(tmp_path, keep_best="valid/loss")
+    result = ft.fit(*counted(update_of()), epochs=3, evaluation=scripted(1, 2, 3), checkpoints=checkpoints)
+    assert int(result.state.step) == 12
+
+
+def test_what_is_best_is_saved_also_between_two_checkpoints(tmp_path):
+    checkpoints = ft.Checkpoints(tmp_path, every=ft.Every(updates=100), keep_best="valid/loss", keep_last=1)
+    evaluation = scripted(3, 1, 2, 2, every=ft.Every(updates=2))
+    ft.fit(*counted(update_of()), epochs=2, evaluation=evaluation, checkpoints=checkpoints)
+    assert [path.name for path in checkpoints.steps()] == ["4", "8"]
+    assert checkpoints.best().name == "4"
+
+
+def test_a_checkpoint_has_the_results_of_its_own_step_only(tmp_path):
+    update, state, data = counted(update_of())
+    checkpoints = ft.Checkpoints(tmp_path, every=ft.Every(updates=1), keep_last=9)
+    ft.fit(update, state, data, steps=3, evaluation=scripted(5, every=ft.Every(updates=2)), checkpoints=checkpoints)
+    like = update.abstract(start())
+    assert [checkpoints.restore(like=like, step=step).metrics for step in (1, 2, 3)] == [{}, {"valid/loss": 5.0}, {}]

@@ -1,0 +1,171 @@
+"""What `fit` logs, and what the progress bar shows."""
+
+import dataclasses
+import itertools
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from runs import counted, data_of, loss_fn, scripted, start, update_of
+
+import functrain as ft
+from functrain.loop.logs import read_json_lines
+
+
+def test_a_row_names_the_loss_each_parts_telemetry_and_its_rate():
+    result = ft.fit(*counted(update_of()), steps=4, log=ft.Every(updates=2), evaluation=scripted(7))
+    of_part = ("grad_norm", "update_norm", "param_norm", "update_ratio", "learning_rate")
+    for row in (row for row in result.history if "train/loss" in row):
+        assert row.keys() == {
+            "step", "epoch", "train/loss", "train/steps_per_second",
+            "train/learning_rate/body", "train/learning_rate/head",
+            *(f"train/parts/{part}/{name}" for part in ("body", "head") for name in of_part),
+        }  # fmt: skip
+        assert all(isinstance(value, int | float) for value in row.values())
+    assert [row["step"] for row in result.history] == [2, 4, 4][: len(result.history)]
+
+
+def test_what_is_logged_is_what_the_update_measured():
+    update = update_of()
+    logged = ft.fit(*counted(update), steps=3, log=ft.Every(updates=3)).history
+    data, state = counted(update)[2], update.init(start())
+    batches = list(data.epoch(0))
+    for batch in batches[:2]:
+        state, _ = update(state, batch)
+    _, metrics = update.measured(state, batches[2])
+    (row,) = logged
+    assert row["train/loss"] == float(metrics["loss"])
+    assert row["train/parts/head/grad_norm"] == float(metrics["parts"]["head"]["grad_norm"])
+    rate = float(np.float32(optax.cosine_decay_schedule(0.1, 40)(2)))
+    assert row["train/learning_rate/body"] == row["train/parts/body/learning_rate"] == rate
+
+
+def test_losses_and_metrics_are_logged_under_their_own_names():
+    """AIToolbox swapped them."""
+
+    def named(params, batch):
+        loss = loss_fn(params, batch).value
+        return ft.Loss({"main": loss, "aux": 0 * loss + 3}, metrics={"of": {"batch": len(batch["y"])}})
+
+    (row,) = ft.fit(*counted(update_of(named)), steps=1, log=ft.Every(updates=1)).history
+    assert (row["train/aux"], row["train/of/batch"]) == (3.0, 2.0)
+    assert row["train/loss"] == row["train/main"] + 3
+
+
+def test_the_log_of_a_window_is_its_mean():
+    params = {"w": jnp.zeros(())}
+    optim = ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.sgd(0.0)})
+    update = ft.make_update(lambda params, batch: params["w"] + batch["x"].mean(), optim, accumulate=2)
+    data = [{"x": np.float32([each])} for each in (1, 3, 5)]
+    result = ft.fit(update, update.init(params), data, epochs=1, log=ft.Every(updates=1))
+    assert [row["train/loss"] for row in result.history] == [2.0, 5.0]
+
+
+def test_the_phase_of_an_update_names_its_metrics():
+    phases = ft.alternate(ft.Phase("a", loss_fn, parts="body"), ft.Phase("b", loss_fn, parts="head"))
+    history = ft.fit(*counted(update_of(phases)), steps=2, log=ft.Every(updates=1)).history
+    assert [{name for name in row if name.endswith("/loss")} for row in history] == [{"train/a/loss"}, {"train/b/loss"}]
+    assert "train/a/parts/body/grad_norm" in history[0]
+
+
+def test_with_unroll_the_log_has_the_last_update_of_the_scan():
+    one, many = [
+        ft.fit(*counted(update_of()), steps=4, log=ft.Every(updates=4), unroll=unroll).history for unroll in (1, 4)
+    ]
+    assert one[0]["train/loss"] == many[0]["train/loss"]
+    assert many[0]["step"] == 4
+
+
+def test_the_log_may_be_once_an_epoch():
+    result = ft.fit(*counted(update_of()), epochs=2, log=ft.Every(epochs=1))
+    assert [row["step"] for row in result.history] == [4, 8]
+    assert all("train/loss" in row for row in result.history)
+
+
+def test_every_logger_gets_every_row_and_the_checkpoints_folder_one_more(tmp_path):
+    logger = ft.JsonLines(tmp_path / "mine.jsonl")
+    result = ft.fit(
+        *counted(update_of()), epochs=2, log=ft.Every(updates=3), evaluation=scripted(2, 1), loggers=[logger],
+        checkpoints=ft.Checkpoints(tmp_path / "run"),
+    )  # fmt: skip
+    rows = [read_json_lines(path) for path in (tmp_path / "mine.jsonl", tmp_path / "run" / "log.jsonl")]
+    for row in itertools.chain(*rows):
+        assert row.pop("time") > 0
+    assert rows[0] == rows[1] == result.history
+    assert [(row["step"], row["epoch"], row.get("valid/loss")) for row in result.history] == [
+        (3, 0, None), (4, 1, 2.0), (6, 1, None), (8, 2, 1.0),
+    ]  # fmt: skip
+
+
+def test_what_is_no_number_is_in_the_results_and_not_in_the_log(tmp_path):
+    data = [{"x": np.array([0, 1, 1])}]
+    evaluation = ft.Evaluation(
+        lambda params, batch: {"label": batch["x"], "prediction": batch["x"], "loss": batch["x"]},
+        data,
+        metrics={"confusion": ft.ConfusionMatrix(2)},
+    )
+    for _ in ("trained", "ended before it was started"):
+        result = ft.fit(*counted(update_of()), epochs=1, evaluation=evaluation, checkpoints=ft.Checkpoints(tmp_path))
+        assert result.results["valid/confusion"].tolist() == [[1, 0], [0, 2]]
+        (row,) = result.history
+        assert row.keys() == {"step", "epoch", "valid/loss"}
+
+
+def test_the_history_of_a_run_that_goes_on_is_that_of_one_that_was_never_stopped(tmp_path):
+    def run(directory, *ends):
+        for epochs in ends:
+            result = ft.fit(
+                *counted(update_of()), epochs=epochs, log=ft.Every(updates=3), checkpoints=ft.Checkpoints(directory),
+                evaluation=ft.Evaluation(loss_fn, data_of()),
+            )  # fmt: skip
+        return [{**row, "train/steps_per_second": None} for row in result.history]
+
+    assert run(tmp_path / "cut", 1, 3) == run(tmp_path / "whole", 3)
+
+
+def test_a_constant_rate_that_is_another_in_the_checkpoint_is_warned_of(tmp_path):
+    def run(rate, epochs, hooks=()):
+        update = update_of(head=ft.with_lr(optax.sgd, rate))
+        return ft.fit(*counted(update), epochs=epochs, checkpoints=ft.Checkpoints(tmp_path), hooks=hooks)
+
+    class Set(ft.Hook):
+        def run_started(self, run):
+            rates = run.update.optim.with_learning_rates(run.state.opt_state, {"head": 0.05})
+            run.state = dataclasses.replace(run.state, opt_state=rates)
+
+    def rate_of(result):
+        return float(result.state.opt_state["head"].setting)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rate_of(run(0.1, 1)) == rate_of(run(0.1, 2)) == np.float32(0.1)
+    with pytest.warns(
+        UserWarning, match=r"part 'head' goes on with the learning rate 0\.1 of .*not with the 0\.05 .*run_started"
+    ):
+        assert rate_of(run(0.05, 3)) == np.float32(0.1)
+    with pytest.warns(UserWarning, match=r"'head': 0\.05"):
+        assert rate_of(run(0.05, 4, [Set()])) == np.float32(0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rate_of(run(0.05, 5)) == np.float32(0.05)
+
+
+# The progress bar
+
+
+def test_the_progress_bar_counts_steps_and_shows_the_newest_losses(capsys):
+    ft.fit(
+        *counted(update_of(accumulate=3)), epochs=2, progress=True, log=ft.Every(updates=1), evaluation=scripted(5, 7)
+    )
+    shown = capsys.readouterr().err
+    assert "4/4" in shown
+    assert "train/loss=" in shown
+    assert "step" in shown
+
+
+def test_the_progress_bar_is_off_if_told_and_where_there_is_no_terminal(capsys):
+    for progress in (False, None):
+        ft.fit(*counted(update_of()), epochs=1, progress=progress)
+    assert capsys.readouterr().err == ""
