@@ -13,7 +13,7 @@ import optax
 from harness import machine, print_table
 
 import functrain as ft
-from functrain.loop import manifest
+from functrain.loop.checkpoint import manifest
 
 
 def model(megabytes: int) -> tuple[dict, ft.Update]:

@@ -42,7 +42,8 @@ from functrain.update.update import Update, make_update
 from functrain.update.window import Window
 
 if TYPE_CHECKING:
-    from functrain.loop.checkpoints import Checkpoints, Restored
+    from functrain.loop.checkpoint.checkpoints import Checkpoints
+    from functrain.loop.checkpoint.reading import Restored
     from functrain.loop.data import Data, from_arrays, from_tfds
     from functrain.loop.evaluation import Evaluation
     from functrain.loop.every import Every
@@ -123,7 +124,7 @@ __all__ = [
 
 # The loop stands on Orbax and Grain, which take a second to import: what is of it is imported when it is asked for.
 _LAZY = {
-    "Checkpoints": "functrain.loop.checkpoints",
+    "Checkpoints": "functrain.loop.checkpoint.checkpoints",
     "ConfusionMatrix": "functrain.loop.metrics",
     "Data": "functrain.loop.data",
     "EarlyStopping": "functrain.loop.hooks",
@@ -134,7 +135,7 @@ _LAZY = {
     "Logger": "functrain.loop.logs",
     "Metric": "functrain.loop.metrics",
     "OnHost": "functrain.loop.metrics",
-    "Restored": "functrain.loop.checkpoints",
+    "Restored": "functrain.loop.checkpoint.reading",
     "Result": "functrain.loop.fit",
     "Run": "functrain.loop.run",
     "StopSignals": "functrain.loop.signals",

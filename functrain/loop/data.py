@@ -31,7 +31,7 @@ class Data:
     Iterating over it is iterating over its epoch 0; its length is that of an epoch, in batches.
 
     Attributes:
-      read: the examples of these numbers, int64 (n,), as one batch of n.
+      fetch: the examples of these numbers, int64 (n,), as one batch of n.
       examples: how many there are.
       batch_size, seed, shuffle, last: as given to `from_arrays`.
       process: this process's number.
@@ -39,7 +39,7 @@ class Data:
       read_ahead: the batches that are read in advance, each on a thread of its own.
     """
 
-    read: Callable[[np.ndarray], Batch] = dataclasses.field(repr=False)
+    fetch: Callable[[np.ndarray], Batch] = dataclasses.field(repr=False)
     examples: int
     batch_size: int
     seed: int
@@ -71,7 +71,7 @@ class Data:
                 " write last='keep' or last='pad', or a smaller batch_size"
             )
         # Two examples, as one has no shape to differ from.
-        if "weight" in self.read(np.arange(min(self.examples, 2))) and self.last == "pad":
+        if "weight" in self.fetch(np.arange(min(self.examples, 2))) and self.last == "pad":
             raise DataError(
                 "last='pad' adds the key 'weight', which the data has already; rename it, or write last='keep'"
                 " or last='drop'"
@@ -124,7 +124,7 @@ class Data:
         size = self.batch_size if self.last == "pad" else min(self.batch_size, self.examples - start)
         share = size // self.processes
         places = start + self.process * share + np.arange(share)
-        batch = self.read(order[np.minimum(places, self.examples - 1)])
+        batch = self.fetch(order[np.minimum(places, self.examples - 1)])
         if self.last == "pad":
             batch["weight"] = (places < self.examples).astype(np.float32)
         return batch
@@ -168,10 +168,20 @@ def from_arrays(
             " one row an example, not empty"
         )
 
-    def read(rows: np.ndarray) -> Batch:
+    def fetch(rows: np.ndarray) -> Batch:
         return {name: column[rows] for name, column in columns.items()}
 
-    return Data(read, examples, batch_size, seed, shuffle, last, jax.process_index(), jax.process_count(), 0)
+    return Data(
+        fetch=fetch,
+        examples=examples,
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        last=last,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+        read_ahead=0,
+    )
 
 
 def from_tfds(
@@ -214,12 +224,22 @@ def from_tfds(
     source = _source(builder, split)
     dtypes = builder.info.features.np_dtype
 
-    def read(rows: np.ndarray) -> Batch:
+    def fetch(rows: np.ndarray) -> Batch:
         # `source.__getitems__` is no faster on local files, where decoding is the work; elsewhere, reading ahead is.
         records = [source[row] for row in rows.tolist()]
         return {name: _stack(name, [record[name] for record in records], dtypes[name]) for name in dtypes}
 
-    return Data(read, len(source), batch_size, seed, shuffle, last, jax.process_index(), jax.process_count(), 4)
+    return Data(
+        fetch=fetch,
+        examples=len(source),
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+        last=last,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+        read_ahead=4,
+    )
 
 
 def _builder(builder: Any, data_dir: Any, builder_kwargs: Mapping[str, Any]) -> Any:

@@ -13,9 +13,11 @@ from jax.experimental import multihost_utils
 
 from functrain.errors import EvaluationError
 from functrain.gradients.loss import Loss
+from functrain.loop.batches import put
 from functrain.loop.every import Every
 from functrain.loop.metrics import OnHost
-from functrain.tree.arrays import replicated_over
+from functrain.loop.names import named_values
+from functrain.tree.arrays import replicated_over, wide
 from functrain.tree.paths import PyTree
 from functrain.tree.text import listed
 
@@ -70,7 +72,7 @@ class Evaluation:
         for given in self.data:
             batch, mask = self._padded(given, size, params, model_state)
             size = size or len(mask)
-            batch, mask = placed((batch, mask), self.sharding)
+            batch, mask = put((batch, mask), self.sharding)
             if sums is None:
                 sums = self._zeros(params, batch, model_state, mask)
             sums, gathered = self._step(sums, params, batch, model_state, mask)
@@ -88,7 +90,7 @@ class Evaluation:
                 results[name] = metric.function(*(np.concatenate(column) for column in columns))
             else:
                 results[name] = metric.compute(accumulated[name])
-        return {name: _plain(value) for name, value in _by_name(results).items()}
+        return {name: _plain(value) for name, value in named_values(results)}
 
     @property
     def _on_host(self) -> dict[str, OnHost]:
@@ -142,10 +144,10 @@ class Evaluation:
             if isinstance(returned, Loss):
                 named = returned.value if isinstance(returned.value, Mapping) else {}
                 metrics = returned.metrics if isinstance(returned.metrics, Mapping) else {"metrics": returned.metrics}
-                return {"loss": returned.total, **named, **_by_name(metrics)}, returned.weight
+                return {"loss": returned.total, **named, **dict(named_values(metrics))}, returned.weight
             if not isinstance(returned, Mapping):
                 raise EvaluationError(f"eval_step returned {type(returned).__name__}: return a dict by name, or a Loss")
-            return _by_name(returned), None
+            return dict(named_values(returned)), None
 
         return jax.jit(outputs)
 
@@ -166,7 +168,7 @@ class Evaluation:
 
 def _sum(name: str, value: Any, weight: Any, mask: Any) -> tuple[Any, Any]:
     """The weighted sum of a result, and the sum of its weights."""
-    value = jnp.asarray(value, jnp.promote_types(jnp.result_type(value), jnp.float32))
+    value = wide(value)
     if value.ndim == 0:
         weight = jnp.sum(mask) if weight is None else jnp.asarray(weight, value.dtype)
         return value * weight, weight
@@ -185,15 +187,6 @@ def _length(batch: Any) -> int:
     return int(np.shape(leaves[0])[0])
 
 
-def placed(tree: Any, sharding: jax.sharding.Sharding | None) -> Any:
-    """A batch where a sharding says; in a run of several processes each gives its own slice."""
-    if sharding is None:
-        return tree
-    if jax.process_count() == 1:
-        return jax.device_put(tree, sharding)
-    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
-
-
 def _fetched(array: Any) -> np.ndarray:
     if _is_here(array) or array.is_fully_replicated:
         return np.asarray(array)
@@ -203,15 +196,6 @@ def _fetched(array: Any) -> np.ndarray:
 def _is_here(leaf: Any) -> bool:
     """Whether it lies in this process alone."""
     return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-
-
-def _by_name(nested: Mapping[str, Any]) -> dict[str, Any]:
-    """What is in dicts in dicts, by "a/b"."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        inner = {f"{name}/{key}": each for key, each in _by_name(value).items()} if isinstance(value, Mapping) else {}
-        flat |= inner if isinstance(value, Mapping) else {name: value}
-    return flat
 
 
 def _plain(value: Any) -> Any:

@@ -1,10 +1,11 @@
 """What watches a run: hooks, and the one that stops it early."""
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from functrain.loop.run import Run
+from functrain.errors import FitError
+from functrain.loop.run import Run
 
 
 class Hook:
@@ -15,19 +16,19 @@ class Hook:
     ...         print(run.step, run.results)
     """
 
-    def run_started(self, run: "Run") -> None:
+    def run_started(self, run: Run) -> None:
         """Before the first update, after a checkpoint was restored."""
 
-    def update_ended(self, run: "Run") -> None:
+    def update_ended(self, run: Run) -> None:
         """After each optimizer step, or each scan; what reads the device here holds it up."""
 
-    def evaluation_ended(self, run: "Run") -> None:
+    def evaluation_ended(self, run: Run) -> None:
         """After an evaluation; its results are in `run.results`."""
 
-    def checkpoint_saved(self, run: "Run") -> None:
+    def checkpoint_saved(self, run: Run) -> None:
         """After a save was started."""
 
-    def run_ended(self, run: "Run", error: BaseException | None) -> None:
+    def run_ended(self, run: Run, error: BaseException | None) -> None:
         """At the end, and when an exception ends the run."""
 
     def state(self) -> Any:
@@ -54,7 +55,7 @@ class EarlyStopping(Hook):
 
     def __init__(self, result: str, *, patience: int, mode: Literal["min", "max"] = "min", least: float = 0.0) -> None:
         if patience < 1 or mode not in ("min", "max"):
-            raise ValueError(f"EarlyStopping(patience={patience}, mode={mode!r}): give at least 1, and 'min' or 'max'")
+            raise FitError(f"EarlyStopping(patience={patience}, mode={mode!r}): give at least 1, and 'min' or 'max'")
         self.result, self.patience, self.mode, self.least = result, patience, mode, least
         self.best, self.without, self._is_loaded = math.nan, 0, False
 
@@ -67,7 +68,7 @@ class EarlyStopping(Hook):
             self.without += 1
         return self.without >= self.patience
 
-    def run_started(self, run: "Run") -> None:
+    def run_started(self, run: Run) -> None:
         """Forgets an earlier run; ends one that was over already when it was saved."""
         if not self._is_loaded:
             self.best, self.without = math.nan, 0
@@ -75,19 +76,19 @@ class EarlyStopping(Hook):
             self._end(run)
         self._is_loaded = False
 
-    def evaluation_ended(self, run: "Run") -> None:
+    def evaluation_ended(self, run: Run) -> None:
         """Stops the run when it is over.
 
         Raises:
-          ValueError: the evaluations have no result of that name.
+          FitError: the evaluations have no result of that name.
         """
         if self.result in run.evaluated:
             if self.is_over(float(run.evaluated[self.result])):
                 self._end(run)
         elif self.result not in run.results:
-            raise ValueError(f"EarlyStopping({self.result!r}): the results are {sorted(run.results)}; name one of them")
+            raise FitError(f"EarlyStopping({self.result!r}): the results are {sorted(run.results)}; name one of them")
 
-    def _end(self, run: "Run") -> None:
+    def _end(self, run: Run) -> None:
         run.stop(f"{self.result} has not improved for {self.without} evaluations")
 
     def state(self) -> Any:
@@ -97,3 +98,33 @@ class EarlyStopping(Hook):
     def load(self, state: Any) -> None:
         """Goes on from there."""
         self.best, self.without, self._is_loaded = state["best"], state["without"], True
+
+
+class Hooks:
+    """The hooks of a run, in order."""
+
+    def __init__(self, hooks: Sequence[Hook]) -> None:
+        self._hooks = hooks
+        self._watching = [hook for hook in hooks if type(hook).update_ended is not Hook.update_ended]
+
+    def tell(self, event: str, run: Run, *details: Any) -> None:
+        """Calls every hook for an event; after an update, only those that listen."""
+        for hook in self._watching if event == "update_ended" else self._hooks:
+            getattr(hook, event)(run, *details)
+
+    def states(self) -> list[dict[str, Any]]:
+        """What to save of each."""
+        return [{"of": _kind(hook), "state": hook.state()} for hook in self._hooks]
+
+    def load(self, saved: Sequence[dict[str, Any]]) -> None:
+        """Gives back what was saved: to each the first of its kind that is left, to one that is new none."""
+        left = list(saved)
+        for hook in self._hooks:
+            mine = next((each for each in left if each["of"] == _kind(hook)), None)
+            if mine is not None:
+                left.remove(mine)
+                hook.load(mine["state"])
+
+
+def _kind(hook: Hook) -> str:
+    return f"{type(hook).__module__}.{type(hook).__qualname__}"

@@ -15,6 +15,7 @@ import numpy as np
 
 # By what Python calls them, and by what JSON's users do.
 from functrain.errors import LogError
+from functrain.loop.names import named_values
 
 _SPELLED = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 _NON_FINITE = {spelled: float(name) for name, spelled in _SPELLED.items()}
@@ -184,7 +185,7 @@ def flattened(metrics: Mapping[str, Any]) -> dict[str, float]:
     Raises:
       LogError: a value is neither, or two have one name; the message says which.
     """
-    named = list(_named(metrics, ""))
+    named = list(named_values(metrics))
     numbers: dict[str, float] = {}
     for (name, _), value in zip(named, jax.device_get([value for _, value in named]), strict=True):
         for element, number in _numbers(name, value):
@@ -235,14 +236,6 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
-def _named(metrics: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in metrics.items():
-        if isinstance(value, Mapping):
-            yield from _named(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from functrain.errors import EvaluationError
+
 
 class Metric(Protocol):
     """What is more than a mean: gathered batch by batch, computed at the end. `names` are the outputs that it takes."""
@@ -64,10 +66,10 @@ class ConfusionMatrix:
         """The counts.
 
         Raises:
-          ValueError: there were other classes, of which JAX's indexing would count -1 as the last.
+          EvaluationError: there were other classes, of which JAX's indexing would count -1 as the last.
         """
         if acc[1]:
-            raise ValueError(
+            raise EvaluationError(
                 f"ConfusionMatrix(classes={self.classes}): {acc[1]} example(s) have a label or a prediction outside of"
                 f" 0 to {self.classes - 1}; give them the weight 0, or a class of their own"
             )

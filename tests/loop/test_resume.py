@@ -79,7 +79,7 @@ def ended(directory, ran):
     output, errors, code = ran
     assert code == 0, errors
     outcome = json.loads(output.splitlines()[-1])
-    log = ft.loop.read_json_lines(directory / "log.jsonl")
+    log = ft.read_json_lines(directory / "log.jsonl")
     return outcome | {"history": [*map(timeless, outcome["history"])], "log": [*map(timeless, log)]}
 
 
@@ -268,7 +268,7 @@ def test_a_loss_that_is_nan_ends_a_run_that_has_saved_nothing_of_it(run, tmp_pat
         _, errors, code = run(tmp_path, "nan")
         assert code == 1
         assert errors.splitlines()[-1] == (
-            "functrain.loop.run.NonFiniteError: step 5: 'train/loss' is not finite, nor are the parameters of part"
+            "functrain.errors.NonFiniteError: step 5: 'train/loss' is not finite, nor are the parameters of part"
             f" 'body', 'head'; the last sound checkpoint is {tmp_path / '4'}; restore it and lower the rate, or leave"
             ' such updates out: make_update(..., nonfinite="skip")'
         )

@@ -11,7 +11,7 @@ from trees import says
 
 import functrain as ft
 from functrain.errors import CheckpointError
-from functrain.loop import manifest
+from functrain.loop.checkpoint import manifest
 
 
 def made(params, rules=None, txs=None, *, loss=None, **options):
@@ -86,7 +86,7 @@ MISFITS = {
     ),
     "a loss scale": (
         made(two()), made(two(), loss_scale=ft.DynamicScale()),
-        ["loss_scale/scale: not saved, now float32[]", "loss_scale/good: not saved, now int32[]"],
+        ["scale_state/scale: not saved, now float32[]", "scale_state/good: not saved, now int32[]"],
     ),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from trees import bits, says
 
 import functrain as ft
 from functrain.errors import CheckpointError
-from functrain.loop import manifest
+from functrain.loop.checkpoint import manifest
 
 
 def truncate(path):
@@ -110,14 +110,14 @@ def test_no_bit_of_a_manifest_can_flip_unseen(tmp_path):
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "weights").write_bytes(b"1234")
     manifest.publish(tmp_path / "1", {"batches": 3, "metrics": {"valid/loss": 0.5}})
-    path, written = manifest.path_of(tmp_path / "1"), manifest.read(tmp_path / "1")
+    path, written = manifest.path_of(tmp_path / "1"), manifest.load(tmp_path / "1")
     for position in range(8 * path.stat().st_size):
         flipped = bytearray(path.read_bytes())
         flipped[position // 8] ^= 1 << position % 8
         changed = tmp_path / "2.manifest.json"
         changed.write_bytes(flipped)
         with contextlib.suppress(ValueError):
-            assert manifest.read(tmp_path / "2") == written
+            assert manifest.load(tmp_path / "2") == written
 
 
 NO_MANIFESTS = [b"", b"[]", b"{}", b"null", b"\xff", b'{"body": 1, "crc32": 1}', b'{"body": "[]"}']

@@ -16,7 +16,7 @@ from trees import says
 
 import functrain as ft
 from functrain.errors import SaveError
-from functrain.loop import manifest
+from functrain.loop.checkpoint import manifest
 
 FAILING = """
     found = {}
@@ -96,13 +96,15 @@ def test_a_program_whose_last_save_failed_ends_with_an_error(tmp_path, way):
                 with contextlib.suppress(SaveError):
                     checkpoints.save(state)
         else:
+            checkpoints = ft.Checkpoints(sys.argv[1])
+
             class Full(ft.Hook):
                 def checkpoint_saved(self, run):
-                    run._checkpoints.wait()
+                    checkpoints.wait()
                     room(50_000)
 
             data = ft.from_arrays({"x": np.ones(4, np.float32)}, batch_size=2)
-            ft.fit(update, state, data, epochs=2, checkpoints=ft.Checkpoints(sys.argv[1]), hooks=[Full()])
+            ft.fit(update, state, data, epochs=2, checkpoints=checkpoints, hooks=[Full()])
         print("went on")
         """,
         tmp_path, way,

@@ -13,7 +13,7 @@ from trees import bits, says
 
 import functrain as ft
 from functrain.errors import CheckpointError
-from functrain.loop import manifest
+from functrain.loop.checkpoint import manifest
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 import pytest
 from states import flip
 
-from functrain.loop import manifest
+from functrain.loop.checkpoint import manifest
 
 KILLED = """
 import importlib.util, os, pathlib, signal, sys

@@ -12,33 +12,33 @@ from typing import Any
 _CHUNK = 1 << 18
 
 
-def path_of(step: Path) -> Path:
+def path_of(checkpoint: Path) -> Path:
     """Where the manifest of a checkpoint is: beside it, so that it outlives the folder."""
-    return step.with_name(f"{step.name}.manifest.json")
+    return checkpoint.with_name(f"{checkpoint.name}.manifest.json")
 
 
-def publish(step: Path, facts: Mapping[str, Any]) -> None:
-    """Writes the manifest of a committed checkpoint, whole or not at all, with some facts about it.
+def publish(checkpoint: Path, summary: Mapping[str, Any]) -> None:
+    """Writes the manifest of a committed checkpoint, whole or not at all, with some words about it.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
     """
-    files = _checksums(step)
+    files = _checksums(checkpoint)
     if not files:
-        raise FileNotFoundError(f"there is nothing in {step}")
-    body = json.dumps({"files": files, **facts}, sort_keys=True)
-    write_whole(path_of(step), json.dumps({"body": body, "crc32": zlib.crc32(body.encode())}))
+        raise FileNotFoundError(f"there is nothing in {checkpoint}")
+    body = json.dumps({"files": files, **summary}, sort_keys=True)
+    write_whole(path_of(checkpoint), json.dumps({"body": body, "crc32": zlib.crc32(body.encode())}))
 
 
-def read(step: Path) -> dict[str, Any] | None:
+def load(checkpoint: Path) -> dict[str, Any] | None:
     """What a manifest says; None if there is none.
 
     Raises:
       ValueError: it is damaged itself.
     """
-    name = path_of(step).name
+    name = path_of(checkpoint).name
     try:
-        written = path_of(step).read_bytes()
+        written = path_of(checkpoint).read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -53,7 +53,7 @@ def read(step: Path) -> dict[str, Any] | None:
     raise ValueError(f"{name!r} is not what was written")
 
 
-def damage(step: Path) -> str | None:
+def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; None if all is as it was written, or if there is no manifest to tell.
 
     >>> import tempfile
@@ -67,15 +67,15 @@ def damage(step: Path) -> str | None:
     "'weights' is not what was written"
     """
     try:
-        manifest = read(step)
+        manifest = load(checkpoint)
     except ValueError as error:
         return str(error)
-    if not step.is_dir():
+    if not checkpoint.is_dir():
         return "its folder is missing"
     if manifest is None:
-        return None if any(step.iterdir()) else "its folder is empty"
+        return None if any(checkpoint.iterdir()) else "its folder is empty"
     for name, (size, checksum) in manifest["files"].items():
-        file = step / name
+        file = checkpoint / name
         try:
             if not file.is_file():
                 return f"{name!r} is missing"
@@ -88,27 +88,27 @@ def damage(step: Path) -> str | None:
     return None
 
 
-def set_aside(step: Path) -> Path:
+def set_aside(checkpoint: Path) -> Path:
     """Renames a damaged checkpoint to 'N.corrupt', and its manifest with it; returns what it is called now."""
-    aside, count = step.with_name(f"{step.name}.corrupt"), 1
+    aside, count = checkpoint.with_name(f"{checkpoint.name}.corrupt"), 1
     while aside.exists() or path_of(aside).exists():
         count += 1
-        aside = step.with_name(f"{step.name}.corrupt{count}")
+        aside = checkpoint.with_name(f"{checkpoint.name}.corrupt{count}")
     # The folder first: killed between the two, no damaged folder is left that has no manifest to tell.
-    if step.exists():
-        step.rename(aside)
-    if path_of(step).exists():
-        path_of(step).rename(path_of(aside))
+    if checkpoint.exists():
+        checkpoint.rename(aside)
+    if path_of(checkpoint).exists():
+        path_of(checkpoint).rename(path_of(aside))
     return aside
 
 
-def remove(step: Path) -> None:
+def remove(checkpoint: Path) -> None:
     """Removes a checkpoint; killed at any point, it leaves a whole one or none."""
-    path_of(step).unlink(missing_ok=True)
-    trash = step.with_name(f".removed-{step.name}")
+    path_of(checkpoint).unlink(missing_ok=True)
+    trash = checkpoint.with_name(f".removed-{checkpoint.name}")
     shutil.rmtree(trash, ignore_errors=True)
-    if step.exists():
-        step.rename(trash)
+    if checkpoint.exists():
+        checkpoint.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -135,9 +135,9 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def _checksums(step: Path) -> dict[str, tuple[int, int]]:
-    files = sorted(path for path in step.rglob("*") if path.is_file())
-    return {str(file.relative_to(step)): (file.stat().st_size, _checksum(file)) for file in files}
+def _checksums(checkpoint: Path) -> dict[str, tuple[int, int]]:
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    return {str(file.relative_to(checkpoint)): (file.stat().st_size, _checksum(file)) for file in files}
 
 
 def _checksum(file: Path) -> int:

@@ -1,43 +1,42 @@
 """A checkpoint taken into another partition, or to other optimizers."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from functrain.errors import CheckpointError
-from functrain.loop.fingerprint import differences, named_leaves
+from functrain.loop.checkpoint.asked import Asked, of_leaves
+from functrain.loop.checkpoint.contents import Contents
 from functrain.optim.adoption import Adoption, adopted
 from functrain.tree.text import listed_lines
-from functrain.update.state import TrainState
 
 _PREFIX = "opt_state/"
 
 
-def regrouped(leaves: Mapping[str, Any], facts: Mapping[str, Any], like: TrainState) -> tuple[dict[str, Any], Adoption]:
-    """The leaves of a checkpoint for a state of other parts or optimizers.
+def regrouped(leaves: Mapping[str, Any], contents: Contents, asked: Asked) -> tuple[dict[str, Any], Adoption]:
+    """The leaves of a checkpoint for a state of other parts or optimizers, and what became of the optimizer state.
 
     Args:
       leaves: what was saved, by name.
-      facts: what was saved with it.
-      like: the state before the first step, of arrays: what starts anew is as it is there.
+      contents: what was saved with it.
+      asked: the state before the first step, of arrays: what starts anew is as it is there.
 
     Raises:
-      CheckpointError: more differs than parts and optimizers, a window is pending, or `like` has no arrays.
+      CheckpointError: more differs than parts and optimizers, a window is pending, or the state has no arrays.
     """
-    if facts["window"] is not None:
+    if contents.window is not None:
         raise CheckpointError("regroup=True: a window is pending in the checkpoint: save one at the end of a window")
-    if other := [line for line in differences({**facts, "configuration": {}}, like) if not line.startswith(_PREFIX)]:
+    if other := [line for line in of_leaves(contents, asked) if not line.startswith(_PREFIX)]:
         raise CheckpointError(
             f"regroup=True takes parameters to other parts and optimizers, but more differs:{listed_lines(other)}\nmake"
             " the parameters what they were, or start from params of your own with update.init"
         )
-    now = {name: leaf for name, leaf in named_leaves(like).items() if name.startswith(_PREFIX)}
+    now = {name: leaf for name, leaf in asked.leaves.items() if name.startswith(_PREFIX)}
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in now.values()):
         raise CheckpointError("regroup=True needs the values that new state starts with: like=update.init(params, ...)")
-    new_paths, old_paths = json.loads(like.configuration)["parts"], facts["configuration"]["parts"]
-    before = {name: leaves[name] for name in facts["leaves"] if name.startswith(_PREFIX)}
+    new_paths, old_paths = asked.configuration["parts"], contents.configuration["parts"]
+    before = {name: leaves[name] for name in contents.leaves if name.startswith(_PREFIX)}
     states, report = adopted(_by_part(now, new_paths), _by_part(before, old_paths), new_paths, old_paths)
     kept = {name: leaf for name, leaf in leaves.items() if name not in before}
     for part, flat in states.items():
@@ -49,6 +48,7 @@ def regrouped(leaves: Mapping[str, Any], facts: Mapping[str, Any], like: TrainSt
 
 
 def _by_part(named: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The leaves of optimizer states by part."""
     split: dict[str, dict[str, Any]] = {}
     for name, leaf in named.items():
         rest = name.removeprefix(_PREFIX)

@@ -1,0 +1,39 @@
+"""Batches on their way to the devices."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def put(batch: Any, sharding: jax.sharding.Sharding | None) -> Any:
+    """A batch where a sharding says; in a run of several processes each gives its own slice."""
+    if sharding is None:
+        return batch
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
+
+
+def put_stacked(batches: Sequence[Any], sharding: jax.sharding.Sharding | None) -> Any:
+    """Several batches on a new leading axis, each where a sharding says."""
+    stacked = jax.tree.map(_stacked, *batches)
+    if isinstance(sharding, jax.NamedSharding):
+        sharding = jax.NamedSharding(sharding.mesh, jax.P(None, *sharding.spec))
+    return put(stacked, sharding)
+
+
+def are_alike(batches: Sequence[Any]) -> bool:
+    """Whether batches have one structure, and their leaves the same shapes and dtypes."""
+    return len({*map(_signature, batches)}) == 1
+
+
+def _stacked(*leaves: Any) -> Any:
+    return jnp.stack(leaves) if isinstance(leaves[0], jax.Array) else np.stack(leaves)
+
+
+def _signature(batch: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(batch)
+    return treedef, tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)

@@ -1,0 +1,88 @@
+"""What a checkpoint is restored as, and what of a checkpoint differs from it."""
+
+import dataclasses
+import json
+from typing import Any, Self
+
+from functrain.loop.checkpoint.contents import Contents
+from functrain.loop.checkpoint.leaves import WINDOW, leaf_spec, named_leaves
+from functrain.tree.arrays import committed_sharding, replicated_over
+from functrain.update.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The state that is asked for.
+
+    Attributes:
+      like: arrays or `jax.ShapeDtypeStruct`s.
+      leaves: its leaves by name.
+      specs: their shapes and dtypes by name, but for those of a pending window.
+      configuration: what its update is made of.
+      shardings: where its user put each leaf; None where JAX may move it.
+      replicated: where what it has no place for goes, over several devices; None over one.
+    """
+
+    like: TrainState
+    leaves: dict[str, Any]
+    specs: dict[str, str]
+    configuration: dict[str, Any]
+    shardings: dict[str, Any]
+    replicated: Any
+
+    @classmethod
+    def of(cls, like: TrainState) -> Self:
+        """Looks at a state once."""
+        leaves = named_leaves(like)
+        return cls(
+            like=like,
+            leaves=leaves,
+            specs={name: leaf_spec(leaf) for name, leaf in leaves.items() if not name.startswith(WINDOW)},
+            configuration=json.loads(like.configuration),
+            shardings={name: committed_sharding(leaf) for name, leaf in leaves.items()},
+            replicated=replicated_over(like.params),
+        )
+
+
+def differences(contents: Contents, asked: Asked) -> list[str]:
+    """What differs between a checkpoint and the state that is asked for, a line each; none if it can be restored."""
+    return of_configuration(contents, asked) + of_leaves(contents, asked)
+
+
+def of_leaves(contents: Contents, asked: Asked) -> list[str]:
+    """The leaves that were renamed, are missing, or have another shape or dtype."""
+    before, now = contents.leaves, asked.specs
+    lines = [
+        f"{name}: saved as {before[name]}, now {now[name]}"
+        for name in before
+        if now.get(name, before[name]) != before[name]
+    ]
+    lines += [f"{name}: saved as {before[name]}, now missing" for name in before if name not in now]
+    return lines + [f"{name}: not saved, now {now[name]}" for name in now if name not in before]
+
+
+def of_configuration(contents: Contents, asked: Asked) -> list[str]:
+    """The parts, optimizers and options that are others."""
+    saved, now = contents.configuration, asked.configuration
+    if not saved or not now:
+        return []
+    lines = []
+    for part, paths in saved["parts"].items():
+        gone = [path for path in paths if path not in now["parts"].get(part, ())]
+        owner = {path: other for other, others in now["parts"].items() for path in others}
+        lines += [f"{path}: saved in part {part!r}, now in {owner[path]!r}" for path in gone if path in owner]
+    for part, optimizer in saved["optimizers"].items():
+        if now["optimizers"].get(part, optimizer) != optimizer:
+            lines.append(f"part {part!r}: saved with the optimizer {optimizer}, now {now['optimizers'][part]}")
+    for option in ("accumulate", "phases"):
+        if saved[option] != now[option]:
+            lines.append(f"{option}: saved as {saved[option]}, now {now[option]}")
+    return lines
+
+
+def places(contents: Contents, asked: Asked) -> dict[str, Any]:
+    """The sharding of each leaf: where the state that is asked for has it; None where JAX may move it, as in there."""
+    here = dict(asked.shardings)
+    for part, paths in contents.configuration.get("parts", {}).items():
+        here |= {f"{WINDOW}grads/{part}/{path}": here.get(f"params/{path}") for path in paths}
+    return {name: here.get(name) or asked.replicated for name in contents.specs}

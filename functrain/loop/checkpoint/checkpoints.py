@@ -1,0 +1,270 @@
+"""Checkpoints: the whole state of a run on disk, verified before it is trained on."""
+
+import contextlib
+import os
+import re
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import jax
+
+from functrain.errors import CheckpointError, SaveError
+from functrain.loop.checkpoint import manifest
+from functrain.loop.checkpoint.asked import Asked
+from functrain.loop.checkpoint.contents import Beside, Contents
+from functrain.loop.checkpoint.folder import Folder
+from functrain.loop.checkpoint.leaves import named_leaves
+from functrain.loop.checkpoint.lock import Lock
+from functrain.loop.checkpoint.processes import agreed
+from functrain.loop.checkpoint.reading import Restored, read
+from functrain.loop.checkpoint.retention import Retention
+from functrain.loop.checkpoint.storage import Storage
+from functrain.loop.checkpoint.writer import Writer
+from functrain.loop.every import Every
+from functrain.update.state import TrainState
+
+_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/.*")
+
+
+class Checkpoints:
+    """A folder of checkpoints, written by Orbax while training goes on.
+
+    >>> import functrain as ft, jax.numpy as jnp, optax, tempfile
+    >>> params = {"w": jnp.ones(2)}
+    >>> optim = ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.adam(0.1)})
+    >>> update = ft.make_update(lambda params, batch: jnp.sum(params["w"] * batch), optim)
+    >>> state, _ = update(update.init(params), 2.0)
+    >>> with Checkpoints(tempfile.mkdtemp()) as checkpoints:
+    ...     checkpoints.save(state, data={"position": 1})
+    ...     checkpoints.wait()
+    ...     restored = checkpoints.restore(like=update.abstract(params))
+    >>> int(restored.state.step), restored.data, bool((restored.state.params["w"] == state.params["w"]).all())
+    (1, {'position': 1}, True)
+
+    A checkpoint is a folder named by its step, "120", or "120+3" for three batches pending in a window, with a number
+    behind a "~" where an older one of that step is there, and with a manifest of checksums beside it, which is written
+    last. On restore the checksums are verified: a damaged checkpoint is renamed to "120.corrupt", with a warning, and
+    the newest sound one is used. One process at a time may write to a folder (or the processes of one `jax.distributed`
+    run). Close it, as `with` does: a save that is still going on when a program ends without that is lost.
+
+    Args:
+      directory: a folder on a local or mounted file system; it is made.
+      every: when `fit` saves; by default at the end of each epoch. Read by nothing but `fit`.
+      keep_last: how many of the newest to keep.
+      keep_best: a metric, such as "valid/loss", of which the best checkpoint is kept too; NaN is never best.
+      mode: "min" if smaller is better, "max" if larger.
+      asynchronous: False to have `save` return when all is on disk.
+
+    Raises:
+      CheckpointError: a directory that is an address of remote storage, or an option that is none of these.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        every: Every | None = None,
+        keep_last: int = 2,
+        keep_best: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        asynchronous: bool = True,
+    ) -> None:
+        if _ADDRESS.fullmatch(os.fspath(directory)):  # A Path has made one slash of two.
+            raise CheckpointError(f"{os.fspath(directory)!r} is no folder: mount the storage, and give the path there")
+        self.directory = Path(directory).absolute()
+        self.every = every or Every(epochs=1)
+        self.retention = Retention(keep_last, keep_best, mode)
+        self._asynchronous = asynchronous
+        self._folder, self._lock, self._storage = Folder(self.directory), Lock(self.directory), Storage()
+        self._writer = Writer(self._storage)
+
+    # Writing.
+
+    def save(
+        self, state: TrainState, *, data: Any = None, metrics: Mapping[str, float] | None = None, extra: Any = None
+    ) -> None:
+        """Starts to write a checkpoint, and returns when the state may be trained on.
+
+        If the save before it failed in the background, that is warned of here, and this one is the next try.
+
+        Args:
+          state: of any moment, a pending window included.
+          data: the position in the data: what JSON can hold, or bytes; a Grain iterator's `get_state()`.
+          metrics: for `keep_best`.
+          extra: more that JSON can hold, or bytes.
+
+        Raises:
+          SaveError: it could not be written.
+          CheckpointError: another process writes to the folder, `data` or `extra` is not what JSON can hold, or the
+            metrics of a pending window have no names.
+        """
+        self.open()
+        with contextlib.suppress(SaveError):
+            self.wait()
+        beside = Beside.of(data, metrics, extra)
+        name = agreed(self._folder.next_name(state, beside.checksum) if jax.process_index() == 0 else None)
+        if name is None:
+            return
+        if self._writer.failure is not None:
+            warnings.warn(f"{self._writer.failure}; saving again now", stacklevel=2)
+        leaves = named_leaves(state)
+        self._writer.write(
+            self.directory / name,
+            leaves,
+            Contents.of(state, leaves, beside),
+            summary={
+                "batches": int(state.batches),
+                "content": beside.checksum,
+                "metrics": beside.metrics,
+                "time": time.time(),
+            },
+            then=self._retain,
+        )
+        if not self._asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk.
+
+        Raises:
+          SaveError: it failed.
+        """
+        self._writer.wait()
+
+    def open(self) -> None:
+        """Makes the folder, keeps other processes from writing to it, and clears what a killed one left half done.
+
+        Raises:
+          CheckpointError: another process writes to it.
+          SaveError: it can't be made or written to.
+        """
+        if self._writer.is_running:
+            return
+        if jax.process_index() == 0:
+            self._lock.acquire()
+            manifest.clear(self.directory)
+        self._writer.start()
+
+    def close(self) -> None:
+        """Waits for the last save, and lets others write to the folder; may be called twice.
+
+        Raises:
+          SaveError: the last save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        try:
+            self.close()
+        except SaveError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+
+    # Reading.
+
+    def steps(self) -> list[Path]:
+        """The folders of the checkpoints, oldest first."""
+        return self._folder.checkpoints()
+
+    def best(self) -> Path | None:
+        """The folder of the best checkpoint by `keep_best`; None if no checkpoint has a finite value of it."""
+        name = self.retention.best_of(self._folder.metrics())
+        return None if name is None else self.directory / name
+
+    def is_best(self, metrics: Mapping[str, Any]) -> bool:
+        """Whether the metrics have a finite value of `keep_best` that is better than that of every checkpoint."""
+        if self.retention.best is None:
+            return False
+        with contextlib.suppress(SaveError):
+            self.wait()
+        is_best = jax.process_index() == 0 and self.retention.is_best(metrics, self._folder.metrics())
+        return agreed("it is" if is_best else None) is not None
+
+    def restore(self, like: TrainState, *, step: int | Path | None = None, regroup: bool = False) -> Restored | None:
+        """Reads the newest sound checkpoint; a save that is going on is waited for.
+
+        Args:
+          like: what to restore it as, `update.abstract(params, ...)` or a state: structure, dtypes, and where each
+            leaf goes, on this mesh or another.
+          step: the number of a step, or a folder of `steps()`, in the place of the newest.
+          regroup: take parameters into another partition, or to other optimizers: what a leaf's path and a transform's
+            field have in common is carried over, the rest starts anew; `restored.report` says what became of what.
+
+        Returns:
+          What was restored; None if there is no checkpoint.
+
+        Raises:
+          CheckpointError: a checkpoint does not fit `like` (says what differs), or the one asked for is not there, or
+            damaged.
+        """
+        with contextlib.suppress(SaveError):  # The next save tells.
+            self.wait()
+        asked = Asked.of(like)
+        for checkpoint in self._folder.newest_first() if step is None else [self._folder.asked_for(step)]:
+            found = self._sound(checkpoint, asked, regroup)
+            if isinstance(found, Restored):
+                return found
+            if step is not None:
+                raise CheckpointError(
+                    f"the checkpoint {checkpoint} is damaged: {found}; restore another of {self._folder.names()}"
+                )
+            self._set_aside(checkpoint, found)
+        return None
+
+    def _sound(self, checkpoint: Path, asked: Asked, regroup: bool) -> Restored | str:
+        """What a checkpoint holds, or if it is damaged, in which way."""
+        if problem := agreed(manifest.damage(checkpoint) if jax.process_index() == 0 else None):
+            return problem
+        is_verified = manifest.path_of(checkpoint).exists()
+        try:
+            restored = read(self._storage, checkpoint, asked, regroup=regroup)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            if is_verified:
+                raise
+            return f"it has no manifest, and cannot be read: {error}"
+        if not is_verified:
+            warnings.warn(f"the checkpoint {checkpoint} is unverified: it has no manifest of checksums", stacklevel=3)
+        return restored
+
+    # The folder.
+
+    def _retain(self, newest: Path) -> None:
+        """Removes what is no longer kept."""
+        kept = self.retention.kept(self._folder.metrics()) | {newest.name}
+        for checkpoint in self.steps():
+            if checkpoint.name not in kept:
+                try:
+                    manifest.remove(checkpoint)
+                except OSError as error:
+                    warnings.warn(f"the checkpoint {checkpoint} could not be removed: {error}", stacklevel=2)
+
+    def _set_aside(self, checkpoint: Path, problem: str) -> None:
+        is_reader = not self._writer.is_running
+        with contextlib.suppress(CheckpointError, SaveError):
+            self.open()
+        name = manifest.set_aside(checkpoint).name if self._lock.is_held else checkpoint.name
+        agreed(None)
+        if is_reader:
+            self._release()
+        warnings.warn(
+            f"THE CHECKPOINT {checkpoint} IS DAMAGED and is not used: {problem}. What is left of it is kept as"
+            f" {name!r}; training goes on from an older one",
+            stacklevel=3,
+        )
+
+    def _release(self) -> None:
+        self._writer.stop()
+        self._storage.close()
+        self._lock.release()

@@ -1,0 +1,133 @@
+"""What is written beside the arrays of a checkpoint, as JSON: what it takes to read them back, and if they fit."""
+
+import base64
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any, Self
+
+from functrain.errors import CheckpointError
+from functrain.loop.checkpoint.leaves import WINDOW, leaf_spec, window_containers
+from functrain.update.state import TrainState
+
+FORMAT = 2
+_PACKAGES = ("functrain", "jax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """What the caller saves with a state, as JSON has it.
+
+    Attributes:
+      data: the position in the data, encoded.
+      metrics: numbers by name.
+      extra: more, encoded.
+    """
+
+    data: Any
+    metrics: dict[str, float]
+    extra: Any
+
+    @classmethod
+    def of(cls, data: Any, metrics: Mapping[str, float] | None, extra: Any) -> Self:
+        """Encodes what the caller gave.
+
+        Raises:
+          CheckpointError: what JSON can't hold.
+        """
+        numbers = {name: float(value) for name, value in (metrics or {}).items()}
+        return cls(_encoded("data", data), numbers, _encoded("extra", extra))
+
+    @property
+    def checksum(self) -> int:
+        """What tells it from another one of the same state."""
+        return zlib.crc32(json.dumps(dataclasses.asdict(self)).encode())
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds, but for the arrays.
+
+    Attributes:
+      leaves: shape and dtype by name, of every leaf but those of a pending window, whose form follows from the rest.
+      window: the containers of a pending window.
+      window_leaves: shape and dtype of its leaves.
+      configuration: what the update was made of.
+      beside: what the caller saved with the state.
+      versions: of the packages that wrote it.
+      format: the number of this format.
+    """
+
+    leaves: dict[str, str]
+    window: Any
+    window_leaves: dict[str, str]
+    configuration: dict[str, Any]
+    beside: Beside
+    versions: dict[str, str]
+    format: int = FORMAT
+
+    @classmethod
+    def of(cls, state: TrainState, named: Mapping[str, Any], beside: Beside) -> Self:
+        """Describes a state, with its leaves by name.
+
+        Raises:
+          CheckpointError: the metrics of a pending window have no names.
+        """
+        specs = {name: leaf_spec(leaf) for name, leaf in named.items()}
+        return cls(
+            leaves={name: spec for name, spec in specs.items() if not name.startswith(WINDOW)},
+            window=window_containers(state.window),
+            window_leaves={name: spec for name, spec in specs.items() if name.startswith(WINDOW)},
+            configuration=json.loads(state.configuration),
+            beside=beside,
+            versions=_versions(),
+        )
+
+    @property
+    def specs(self) -> dict[str, str]:
+        """Shape and dtype of every leaf."""
+        return self.leaves | self.window_leaves
+
+    def to_json(self) -> dict[str, Any]:
+        """What JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, written: Mapping[str, Any], where: object) -> Self:
+        """The inverse of `to_json`.
+
+        Raises:
+          CheckpointError: it was written in another format.
+        """
+        if (number := written.get("format", 1)) != FORMAT:
+            by, here = written.get("versions", {}).get("functrain", "another version"), _versions()["functrain"]
+            raise CheckpointError(
+                f"the checkpoint {where} was written by functrain {by} in format {number}; this is functrain {here},"
+                f" which reads format {FORMAT}: go on with functrain {by}, or start anew in another folder"
+            )
+        return cls(**{**written, "beside": Beside(**written["beside"])})
+
+
+def _encoded(name: str, value: Any) -> Any:
+    """A value that JSON can hold, or bytes."""
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{name}= of a checkpoint: {error}; give what JSON can hold, or bytes") from None
+    return {"json": value}
+
+
+def decoded(value: Any) -> Any:
+    """The data or extra of a `Beside` as the caller gave it."""
+    return base64.b64decode(value["bytes"]) if "bytes" in value else value["json"]
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """What a checkpoint is written with; looking it up takes milliseconds."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}

@@ -1,0 +1,98 @@
+"""The leaves of a state by name, and their shapes and dtypes as text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from functrain.errors import CheckpointError
+from functrain.tree.paths import flatten, unflatten
+from functrain.update.state import TrainState
+from functrain.update.window import Window
+
+FIELDS = ("params", "opt_state", "model_state", "key", "scale_state", "step", "batches", "pending")
+COUNTERS = ("step", "batches", "pending")
+WINDOW = "window/"
+
+
+def named_leaves(state: TrainState) -> dict[str, Any]:
+    """The leaves of a state by name: the field, for an optimizer state the part, and the path.
+
+    >>> state = TrainState({"w": 1.0}, {"all": {"mu": {"w": 2.0}}}, None, None, None, 0, 0, 0, None)
+    >>> sorted(named_leaves(state))
+    ['batches', 'opt_state/all/mu/w', 'params/w', 'pending', 'step']
+    """
+    fields = {name: getattr(state, name) for name in FIELDS} | {"window": _window_fields(state.window)}
+    return flatten({name: value for name, value in fields.items() if value is not None})
+
+
+def state_of(leaves: Mapping[str, Any], like: TrainState, containers: Any) -> TrainState:
+    """The inverse of `named_leaves`: a state of the structure of another one, its window from `window_containers`."""
+    fields = {name: getattr(like, name) for name in FIELDS if getattr(like, name) is not None}
+    own = {name: leaf for name, leaf in leaves.items() if not name.startswith(WINDOW)}
+    values = dict.fromkeys(FIELDS) | unflatten(own, like=fields)
+    values |= {name: np.asarray(values[name], np.int32) for name in COUNTERS}
+    return TrainState(**values, window=_window(containers, leaves), configuration=like.configuration)
+
+
+def leaf_spec(leaf: Any) -> str:
+    """Shape and dtype of a leaf as text: 'float32[3,4]'."""
+    return f"{leaf.dtype if hasattr(leaf, 'dtype') else jnp.result_type(leaf)}{list(jnp.shape(leaf))}".replace(" ", "")
+
+
+def shape_dtype(spec: str) -> tuple[tuple[int, ...], str]:
+    """The inverse of `leaf_spec`.
+
+    >>> shape_dtype("float32[3,4]"), shape_dtype("key<fry>[]")
+    (((3, 4), 'float32'), ((), 'key<fry>'))
+    """
+    dtype, _, sizes = spec.removesuffix("]").partition("[")
+    return tuple(int(size) for size in sizes.split(",") if size), dtype
+
+
+# A pending window. The form of its metrics is known to the loss function alone, so that it is saved with it.
+
+
+def window_containers(window: Window | None) -> Any:
+    """The containers of a pending window as JSON, with the name of each leaf in its place.
+
+    Raises:
+      CheckpointError: metrics in other containers than dicts, lists and tuples, or with keys that JSON can't hold.
+    """
+    fields = _window_fields(window)
+    if fields is None:
+        return None
+    names = iter(flatten({"window": fields}))
+    return _containers(jax.tree.map(lambda _: next(names), fields))
+
+
+def _window_fields(window: Window | None) -> Any:
+    return None if window is None else {"grads": window.grads, "metrics": window.metrics, "weight": window.weight}
+
+
+def _containers(node: Any) -> Any:
+    if isinstance(node, str) or node is None:
+        return node
+    if type(node) is dict and all(isinstance(name, str | int | float) for name in node):
+        return {"dict": [[name, _containers(child)] for name, child in node.items()]}
+    if type(node) in (list, tuple):
+        return {type(node).__name__: [_containers(child) for child in node]}
+    raise CheckpointError(
+        f"the metrics of a pending window hold a {type(node).__name__}, which no checkpoint can name: return metrics in"
+        " lists, tuples, and dicts with keys that are strings or numbers"
+    )
+
+
+def _window(containers: Any, leaves: Mapping[str, Any]) -> Window | None:
+    def filled(node: Any) -> Any:
+        if isinstance(node, str) or node is None:
+            return None if node is None else leaves[node]
+        ((kind, children),) = node.items()
+        if kind == "dict":
+            return {name: filled(child) for name, child in children}
+        return [filled(child) for child in children] if kind == "list" else tuple(filled(child) for child in children)
+
+    fields = filled(containers)
+    return None if fields is None else Window(**fields)

@@ -1,0 +1,61 @@
+"""What a checkpoint gives back."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from functrain.errors import CheckpointError
+from functrain.loop.checkpoint.asked import Asked, differences, places
+from functrain.loop.checkpoint.contents import decoded
+from functrain.loop.checkpoint.leaves import state_of
+from functrain.loop.checkpoint.regroup import regrouped
+from functrain.loop.checkpoint.storage import Storage
+from functrain.optim.adoption import Adoption
+from functrain.tree.text import listed_lines
+from functrain.update.state import TrainState
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+      state: the state, ready for the next update.
+      data: the position in the data that was saved with it.
+      metrics: the metrics that were saved with it.
+      extra: what else was saved with it.
+      path: its folder.
+      report: with `regroup=True`, what became of the optimizer state, for `print`; None where nothing was regrouped.
+    """
+
+    state: TrainState
+    data: Any
+    metrics: dict[str, float]
+    extra: Any
+    path: Path
+    report: Adoption | None = None
+
+
+def read(storage: Storage, checkpoint: Path, asked: Asked, *, regroup: bool) -> Restored:
+    """Reads a checkpoint as the state that is asked for.
+
+    Raises:
+      CheckpointError: it does not fit; says what differs.
+    """
+    contents = storage.contents(checkpoint)
+    differs = differences(contents, asked)
+    if differs and not regroup:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint} does not fit the state that is asked for:{listed_lines(differs)}\nrestore it"
+            " with the update that it was saved from, or, if only parts or optimizers are others, regroup=True"
+        )
+    leaves, report = storage.leaves(checkpoint, contents.specs, places(contents, asked)), None
+    if differs:
+        leaves, report = regrouped(leaves, contents, asked)
+    beside = contents.beside
+    return Restored(
+        state=state_of(leaves, asked.like, contents.window),
+        data=decoded(beside.data),
+        metrics=beside.metrics,
+        extra=decoded(beside.extra),
+        path=checkpoint,
+        report=report,
+    )

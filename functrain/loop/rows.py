@@ -1,0 +1,62 @@
+"""The numbers of a run: where they go, and which were written before."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from functrain.loop.every import Moment
+from functrain.loop.logs import JsonLines, Logger, flattened, read_json_lines
+from functrain.loop.run import Run
+
+
+class Rows:
+    """Writes rows of numbers to the history of a run and to its loggers.
+
+    Args:
+      loggers: where they go.
+      path: a file of JSON lines, in which a run that goes on finds its history; None without one.
+    """
+
+    def __init__(self, loggers: Sequence[Logger], path: Path | None) -> None:
+        self._path = path
+        self._loggers = [*([] if path is None else [JsonLines(path)]), *loggers]
+        self._since = Moment()
+        self._written: set[tuple[Any, ...]] = set()
+
+    def resume(self, run: Run, *, is_restored: bool) -> None:
+        """Begins to write; what a log has past the run's step never happened. A restored run takes its history."""
+        for logger in self._loggers:
+            logger.resume(run.step or -1)
+        self._since = run.now()
+        if self._path is not None and is_restored and self._path.exists():
+            rows = [row for row in read_json_lines(self._path) if row["step"] <= run.step]
+            run.history = [{name: value for name, value in row.items() if name != "time"} for row in rows]
+            # An epoch's end is no step: of its last step, the log may have what came after the checkpoint.
+            self._written = {_title(row) for row in run.history if row["step"] == run.step}
+
+    def add(self, run: Run, numbers: Mapping[str, Any]) -> None:
+        """Writes numbers of the step and epoch where the run stands, unless it wrote them before it was killed."""
+        row = {"step": run.step, "epoch": run.epoch, **numbers}
+        if _title(row) in self._written:
+            return
+        run.history.append(row)
+        for logger in self._loggers:
+            logger.log(run.step, {"epoch": run.epoch, **numbers})
+
+    def training(self, run: Run, now: Moment) -> dict[str, float]:
+        """The numbers of training up to now: the last update's metrics, speed, learning rates."""
+        row = flattened({"train": run.last_metrics()})
+        if (elapsed := now.seconds - self._since.seconds) > 0:
+            row["train/steps_per_second"] = (now.step - self._since.step) / elapsed
+        rates = run.update.optim.learning_rates(run.state.opt_state)
+        self._since = now
+        return row | {f"train/learning_rate/{part}": float(rate) for part, rate in rates.items()}
+
+    def close(self) -> None:
+        """Closes the loggers."""
+        for logger in self._loggers:
+            logger.close()
+
+
+def _title(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["step"], row["epoch"], *sorted(row.keys() - {"time"})

@@ -1,0 +1,115 @@
+"""A run to a checkpoint, and back."""
+
+import contextlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from functrain.errors import SaveError
+from functrain.loop.checkpoint.checkpoints import Checkpoints
+from functrain.loop.checkpoint.reading import Restored
+from functrain.loop.every import Every
+from functrain.loop.finite import check_saved
+from functrain.loop.hooks import Hooks
+from functrain.loop.logs import flattened
+from functrain.loop.run import Run
+from functrain.optim.learning_rate import rates_in
+from functrain.update.state import TrainState
+
+
+class Saver:
+    """Saves a run, and gives it back.
+
+    Args:
+      checkpoints: where.
+      hooks: whose states are saved too.
+      log: how often training is logged.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, hooks: Hooks, log: Every) -> None:
+        self.checkpoints = checkpoints
+        self._hooks, self._log = hooks, log
+        self._saved: tuple[int, ...] | None = None
+
+    def save(self, run: Run) -> None:
+        """Starts to save, unless this moment is saved already.
+
+        Raises:
+          NonFiniteError: a parameter, or a gradient of a pending window, is not finite, and would be saved as good.
+        """
+        if self._saved == _counters(run):
+            return
+        check_saved(run, self.last_sound)
+        extra = {
+            "epoch": run.epoch,
+            "read": run.reader.read,
+            "seconds": run.now().seconds,
+            "results": {name: np.asarray(value).tolist() for name, value in run.results.items() if _is_numeric(value)},
+            # Without an update after it, an epoch's end logs those of the update before it.
+            "metrics": flattened(run.last_metrics()) if self._log.epochs is not None else {},
+            "hooks": self._hooks.states(),
+        }
+        try:
+            self.checkpoints.save(run.state, data=run.reader.position, metrics=scalars(run.evaluated), extra=extra)
+        except SaveError as error:
+            warnings.warn(str(error), stacklevel=2)
+            return
+        self._saved = _counters(run)
+        self._hooks.tell("checkpoint_saved", run)
+
+    def restore(self, run: Run, *, regroup: bool) -> Restored | None:
+        """Has a run go on from the newest sound checkpoint, if there is one."""
+        given = _constant_rates(run.state)
+        restored = self.checkpoints.restore(like=run.state, regroup=regroup)
+        if restored is None:
+            return None
+        for part, rate in _constant_rates(restored.state).items():
+            if given.get(part, rate) != rate:
+                warnings.warn(
+                    f"part {part!r} goes on with the learning rate {rate:g} of the checkpoint, not with the"
+                    f" {given[part]:g} that its optimizer was made with; to change it within a run, have a hook do so"
+                    " in run_started: run.state = dataclasses.replace(run.state, opt_state="
+                    f"optim.with_learning_rates(run.state.opt_state, {{{part!r}: {given[part]:g}}}))",
+                    stacklevel=3,
+                )
+        run.state = restored.state
+        # One that was saved without `fit` has nothing but the state.
+        extra = restored.extra or {"epoch": 0, "read": 0, "results": {}, "seconds": 0.0, "hooks": []}
+        results = extra["results"].items()
+        run.go_on(
+            epoch=extra["epoch"],
+            seconds=extra["seconds"],
+            results={name: np.asarray(value) if isinstance(value, list) else value for name, value in results},
+            metrics=dict(extra.get("metrics", {})),
+        )
+        run.reader.resume(restored.data, extra["read"])
+        self._hooks.load(extra["hooks"])
+        self._saved = _counters(run)
+        return restored
+
+    def last_sound(self) -> str:
+        """The newest checkpoint, for a message."""
+        with contextlib.suppress(SaveError):
+            self.checkpoints.wait()
+        return str(next(reversed(self.checkpoints.steps()), "none"))
+
+
+def scalars(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results that are one number."""
+    return {name: value for name, value in results.items() if np.ndim(value) == 0}
+
+
+def _counters(run: Run) -> tuple[int, ...]:
+    return int(run.state.step), int(run.state.batches), int(run.state.pending), run.epoch
+
+
+def _is_numeric(value: Any) -> bool:
+    return np.asarray(value).dtype.kind in "biuf"
+
+
+def _constant_rates(state: TrainState) -> dict[str, float]:
+    """The learning rates that no schedule says, by part."""
+    found = {part: rates_in(opt_state) for part, opt_state in state.opt_state.items()}
+    return {part: float(rates[0].setting) for part, rates in found.items() if rates and rates[0].setting is not None}

@@ -1,0 +1,148 @@
+"""A run, from where it stands to its end: read, update, log, evaluate, save."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+
+from functrain.errors import FitError
+from functrain.loop.batches import put, put_stacked
+from functrain.loop.evaluation import Evaluation
+from functrain.loop.every import Every
+from functrain.loop.finite import check_logged
+from functrain.loop.hooks import Hooks
+from functrain.loop.rows import Rows
+from functrain.loop.run import Run
+from functrain.loop.saving import Saver, scalars
+from functrain.loop.signals import StopSignals
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is done in a run, how often, and when it ends; the options are those of `fit`.
+
+    Raises:
+      FitError: neither epochs nor steps, or an option without what it needs.
+    """
+
+    epochs: int | None
+    steps: int | None
+    unroll: int
+    sharding: jax.sharding.Sharding | None
+    log: Every
+    rows: Rows
+    hooks: Hooks
+    evaluations: Sequence[Evaluation]
+    saver: Saver | None
+    load_best_on_end: bool
+
+    def __post_init__(self) -> None:
+        if self.epochs is None and self.steps is None:
+            raise FitError("fit needs an end: give epochs= or steps=")
+        if not isinstance(self.unroll, int) or self.unroll < 1:
+            raise FitError(f"unroll={self.unroll!r}: give a whole number of at least 1")
+        names = [evaluation.name for evaluation in self.evaluations]
+        if len({*names}) < len(names):
+            raise FitError(f"two evaluations have one name: {names}; give each its own, Evaluation(..., name=)")
+        best = self.saver.checkpoints.retention.best if self.saver else None
+        if best is not None and best.partition("/")[0] not in names:
+            raise FitError(f"keep_best={best!r}: the evaluations are {names}; name a result of one, 'valid/loss'")
+        if self.load_best_on_end and best is None:
+            raise FitError("load_best_on_end=True needs checkpoints=ft.Checkpoints(..., keep_best='valid/loss')")
+        everies = [evaluation.every for evaluation in self.evaluations]
+        everies += [self.saver.checkpoints.every] if self.saver else []
+        if jax.process_count() > 1 and any(every.minutes is not None for every in everies):
+            raise FitError(
+                "the clocks of several processes differ: write Every(updates=) or Every(epochs=), not minutes="
+            )
+
+
+def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) -> None:
+    """Goes on with a run to its end.
+
+    Raises:
+      FitError: the data gives no batch, or a result that is asked for is not there.
+      NonFiniteError: a loss that was logged, or a parameter that was to be saved, is NaN or infinite.
+    """
+    saver = plan.saver
+    for _ in _advances(run, plan, signals):
+        if run.step != run.done_until.step:
+            plan.hooks.tell("update_ended", run)
+        before, now = run.done_until, run.now()
+        run.done_until, run.evaluated = now, {}
+        if run.metrics and plan.log.due(before, now):
+            row = plan.rows.training(run, now)
+            check_logged(run, row, saver.last_sound if saver else lambda: "none")
+            plan.rows.add(run, row)
+        if due := [evaluation for evaluation in plan.evaluations if evaluation.every.due(before, now)]:
+            _evaluate(run, plan, due)
+        if saver and (saver.checkpoints.every.due(before, now) or (due and saver.checkpoints.is_best(run.evaluated))):
+            saver.save(run)
+        show()
+    if saver:
+        saver.save(run)
+
+
+def _advances(run: Run, plan: Plan, signals: StopSignals) -> Iterator[None]:
+    """Reads and updates; lets the caller go on after each optimizer step, or scan, and at each epoch's end."""
+    reader = run.reader
+    # A run that was killed at its last step may have its epoch's end before it.
+    while (plan.epochs is None or run.epoch < plan.epochs) and (reader.read or not _is_over(run, plan, signals)):
+        reader.begin(run.epoch)
+        is_over = _is_over(run, plan, signals)
+        while not is_over and (batches := reader.next_chunk(_next_count(run, plan))):
+            if _update(run, plan, batches):
+                yield
+            is_over = _is_over(run, plan, signals)
+        # What is due at an epoch's end is done by a run that has come to it with its last step.
+        is_cut_off = run.stopped is not None or signals.received is not None
+        if is_over and (is_cut_off or not reader.is_at_end()):
+            return
+        if not reader.read:
+            raise FitError(
+                f"the data gave no batch in epoch {run.epoch}: an iterator can be read only once, give an iterable that"
+                " begins anew, or end after one epoch"
+            )
+        run.end_epoch()
+        yield
+
+
+def _is_over(run: Run, plan: Plan, signals: StopSignals) -> bool:
+    if signals.should_stop(int(run.state.batches)) and run.stopped is None and signals.received is not None:
+        run.stop(f"it was sent {signals.received.name}")
+    return run.stopped is not None or (plan.steps is not None and run.step >= plan.steps)
+
+
+def _next_count(run: Run, plan: Plan) -> int:
+    """How many batches the next update takes: of a scan all, 1 where a window is pending or the end comes first."""
+    if plan.unroll == 1 or int(run.state.pending):
+        return 1
+    count = run.update.cycle * plan.unroll
+    turns = run.update.schedule.turns(run.step, count // run.update.accumulate)
+    is_too_far = plan.steps is not None and run.step + sum(map(len, turns)) > plan.steps
+    return 1 if is_too_far else count
+
+
+def _update(run: Run, plan: Plan, batches: Sequence[object]) -> bool:
+    """One update, or one scan of many; says whether a step was made."""
+    update, state = run.update, run.state
+    if len(batches) > 1:
+        return run.take(*update.scan(state, put_stacked(batches, plan.sharding)), stacked=True)
+    batch = put(batches[0], plan.sharding)
+    ends_window = int(state.pending) + 1 == update.accumulate
+    if ends_window and plan.log.due(run.done_until, run.now(run.step + len(update.schedule.turn(run.step)))):
+        return run.take(*update.measured(state, batch))
+    return run.take(*update(state, batch))
+
+
+def _evaluate(run: Run, plan: Plan, due: Sequence[Evaluation]) -> None:
+    """Evaluates, logs, and asks the hooks."""
+    for evaluation in due:
+        found = evaluation(run.state.params, run.state.model_state)
+        run.evaluated |= {f"{evaluation.name}/{name}": value for name, value in found.items()}
+    run.results |= run.evaluated
+    best = None if plan.saver is None else plan.saver.checkpoints.retention.best
+    if best is not None and best not in run.results and all(each in due for each in plan.evaluations):
+        raise FitError(f"keep_best={best!r}: the results are {sorted(run.results)}; name one of them")
+    plan.rows.add(run, scalars(run.evaluated))
+    plan.hooks.tell("evaluation_ended", run)
