@@ -124,8 +124,7 @@ def fit(
         load_best_on_end=load_best_on_end,
     )
     run = Run(update, state, Reader(data))
-    with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(StopSignals())
+    with StopSignals() as signals, contextlib.ExitStack() as stack:
         stack.callback(plan.rows.close)
         if checkpoints:
             checkpoints.open()
