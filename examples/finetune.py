@@ -7,11 +7,12 @@ third goes on from the checkpoints of the second, and `regroup=True` takes over 
 import argparse
 import tempfile
 
-import digits
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from sklearn import datasets
 
 import functrain as ft
 
@@ -31,13 +32,13 @@ class Backbone(nnx.Module):
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its files")
     parser.add_argument("--examples", type=int, default=200, help="of all ten digits, to fine-tune with")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
-    splits = digits.load("digits", args.data_dir)
-    (train,), (test,) = (digits.batches(splits[name], len(splits[name])) for name in ("train", "test"))
+    digits = datasets.load_digits()
+    images, rows = np.float32(digits.images / 16)[..., None], np.random.default_rng(0).permutation(1797)
+    train, test = ({"image": images[some], "label": digits.target[some]} for some in (rows[:1437], rows[1437:]))
     backbone, backbone_params = nnx.split(Backbone(nnx.Rngs(args.seed)))
 
     def new_head(classes, seed):
