@@ -19,7 +19,7 @@ PROGRAMS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 RUN_IN_FULL = {"custom_loop.py", "fit_digits.py", "many_seeds.py", "multiple_optimizers.py", "own_dataset.py"}
 RUN_BRIEFLY = {
     "actor_critic.py": ["--steps", 840],
-    "finetune.py": ["--examples", 64],
+    "finetune.py": ["--epochs", 1],
     "multi_loss.py": ["--epochs", 1],
     "wgan_gp.py": ["--steps", 4],
 }
