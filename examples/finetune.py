@@ -7,11 +7,12 @@ third goes on from the checkpoints of the second, and `regroup=True` takes over 
 import argparse
 import tempfile
 
-import digits
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from sklearn import datasets
 
 import functrain as ft
 
@@ -31,13 +32,14 @@ class Backbone(nnx.Module):
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its files")
     parser.add_argument("--examples", type=int, default=200, help="of all ten digits, to fine-tune with")
+    parser.add_argument("--epochs", type=int, default=20, help="of the second stage; the third has twice as many")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
-    splits = digits.load("digits", args.data_dir)
-    (train,), (test,) = (digits.batches(splits[name], len(splits[name])) for name in ("train", "test"))
+    digits = datasets.load_digits()
+    images, rows = np.float32(digits.images / 16)[..., None], np.random.default_rng(0).permutation(1797)
+    train, test = ({"image": images[some], "label": digits.target[some]} for some in (rows[:1437], rows[1437:]))
     backbone, backbone_params = nnx.split(Backbone(nnx.Rngs(args.seed)))
 
     def new_head(classes, seed):
@@ -83,14 +85,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     probe = update_of(loss_fn, params, backbone=ft.FROZEN, head=of_head)
     folder = tempfile.TemporaryDirectory()
     checkpoints = ft.Checkpoints(folder.name)
-    probed = ft.fit(probe, probe.init(params), batches(some, seed=2), epochs=20, checkpoints=checkpoints).state
+    probed = ft.fit(probe, probe.init(params), batches(some, seed=2), epochs=args.epochs, checkpoints=checkpoints).state
     results["frozen"] = accuracy(loss_fn, probed.params, test)
     print(f"test accuracy, backbone frozen {results['frozen']:.3f}\n")
 
     print("3. Unfreeze it, with a lower rate than the head's\n")
     tune = update_of(loss_fn, params, backbone=ft.with_lr(optax.adam, 1e-3), head=of_head)
     tuned = ft.fit(
-        tune, tune.init(params), batches(some, seed=2), epochs=40, checkpoints=checkpoints, regroup=True
+        tune, tune.init(params), batches(some, seed=2), epochs=2 * args.epochs, checkpoints=checkpoints, regroup=True
     ).state
     folder.cleanup()
     results["unfrozen"] = accuracy(loss_fn, tuned.params, test)

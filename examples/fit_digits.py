@@ -6,11 +6,12 @@ Kill it at any moment and start it again: it ends as it would have ended. A run 
 import argparse
 import pathlib
 
-import digits
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from sklearn import datasets
 
 import functrain as ft
 
@@ -27,7 +28,7 @@ class Model(nnx.Module):
         self.linear2 = nnx.Linear(128, 10, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = nnx.relu(self.conv1(images.astype(jnp.float32) / 255))
+        x = nnx.relu(self.conv1(images))
         x = nnx.max_pool(nnx.relu(self.conv2(x)), (2, 2), (2, 2))
         x = nnx.relu(self.linear1(x.reshape(len(x), -1)))
         return self.linear2(x)
@@ -51,14 +52,16 @@ class Report(ft.Hook):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/fit_digits"))
-    parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its files")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    builder = digits.FunctrainDigits(data_dir=args.data_dir, file_format="array_record")
-    train = ft.from_tfds(builder, "train[:90%]", BATCH, seed=args.seed)
-    valid, test = (ft.from_tfds(builder, split, 100, shuffle=False) for split in ("train[90%:]", "test"))
+    digits = datasets.load_digits()
+    images, rows = np.float32(digits.images / 16)[..., None], np.random.default_rng(0).permutation(1797)
+    splits = np.split(rows, [1293, 1437])
+    train, valid, test = ({"image": images[some], "label": digits.target[some]} for some in splits)
+    train = ft.from_arrays(train, BATCH, seed=args.seed)
+    valid, test = (ft.from_arrays(each, 100, shuffle=False) for each in (valid, test))
 
     graphdef, params = nnx.split(Model(nnx.Rngs(args.seed)))
     parts = ft.partition(params, {"conv1": "conv1", "conv2": "conv2", "bias": "linear1/bias", "rest": ...})

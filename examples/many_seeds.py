@@ -5,50 +5,62 @@ Each seed has its own parameters, moments and random key; the batches are the sa
 
 import argparse
 
-import digits
 import jax
 import jax.numpy as jnp
-import multiple_optimizers as model
 import numpy as np
 import optax
+from sklearn import datasets
 
 import functrain as ft
 
 SEEDS = 8
 
 
+def init(key):
+    encoder, head = jax.random.split(key)
+    return {
+        "encoder": {"kernel": jax.random.normal(encoder, (64, 128)) / 8, "bias": jnp.zeros(128)},
+        "head": {"kernel": jax.random.normal(head, (128, 10)) * 128**-0.5, "bias": jnp.zeros(10)},
+    }
+
+
+def apply(params, images):
+    encoder, head = params["encoder"], params["head"]
+    return jax.nn.relu(images @ encoder["kernel"] + encoder["bias"]) @ head["kernel"] + head["bias"]
+
+
+def loss_fn(params, batch, key):
+    noise = 0.1 * jax.random.normal(key, batch["image"].shape)  # Differs from seed to seed.
+    logits = apply(params, batch["image"] + noise)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its files")
     parser.add_argument("--epochs", type=int, default=10)
     args = parser.parse_args()
-    data = digits.load("digits", args.data_dir)
-    pixels = data["train"][0]["image"].size
 
-    shapes = jax.eval_shape(lambda key: model.init(key, pixels), jax.random.key(0))
-    parts = ft.partition(shapes, {"encoder": "encoder", "head": "head"})
+    digits = datasets.load_digits()
+    images, rows = np.float32(digits.data / 16), np.random.default_rng(0).permutation(1797)
+    train, test = ({"image": images[some], "label": digits.target[some]} for some in (rows[:1437], rows[1437:]))
+    batches = ft.from_arrays(train, batch_size=32, seed=0, last="drop")
+
+    parts = ft.partition(jax.eval_shape(init, jax.random.key(0)), {"encoder": "encoder", "head": "head"})
     optim = ft.Optimizer(parts, {"encoder": ft.with_lr(optax.adam, 5e-3), "head": ft.with_lr(optax.adam, 1e-3)})
-
-    def loss_fn(params, batch, key):
-        noise = 0.1 * jax.random.normal(key, batch["image"].shape)  # Differs from seed to seed.
-        return model.loss_fn(params, batch | {"image": batch["image"] + noise})
-
     update = ft.make_update(loss_fn, optim)
     keys = jax.random.split(jax.random.key(0), SEEDS)
-    states = jax.vmap(lambda key: update.init(model.init(key, pixels), key=key))(keys)
+    states = jax.vmap(lambda key: update.init(init(key), key=key))(keys)
 
     @jax.jit
     def epoch(states, batches):
         return jax.lax.scan(jax.vmap(update.pure, in_axes=(0, None)), states, batches)
 
     for i in range(args.epochs):
-        full = [batch for batch in digits.batches(data["train"], 32, shuffle_seed=i) if len(batch["label"]) == 32]
-        states, metrics = epoch(states, jax.tree.map(lambda *leaves: np.stack(leaves), *full))
+        states, metrics = epoch(states, jax.tree.map(lambda *leaves: np.stack(leaves), *batches.epoch(i)))
         losses = " ".join(f"{loss:.3f}" for loss in metrics["loss"].mean(0))
         print(f"epoch {i + 1:2}  loss of each seed {losses}")
 
-    (test,) = digits.batches(data["test"], len(data["test"]))
-    logits = jax.vmap(model.apply, in_axes=(0, None))(states.params, test["image"])
+    logits = jax.vmap(apply, in_axes=(0, None))(states.params, test["image"])
     accuracy = jnp.mean(logits.argmax(-1) == test["label"], axis=1)
     print(f"\ntest accuracy {accuracy.mean():.3f}, of each seed {' '.join(f'{a:.3f}' for a in accuracy)}")
 

@@ -7,16 +7,24 @@ begin with the same parameters and see the same batches.
 import argparse
 import dataclasses
 
-import digits
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
+from sklearn import datasets
 
 import functrain as ft
 
-AUX_WEIGHT = 0.3
-LAYERS = {"encoder": (64, 24), "head": (24, 10), "decoder": (24, 64)}
+AUX_WEIGHT, LAYERS = 0.3, {"encoder": (64, 24), "head": (24, 10), "decoder": (24, 64)}
+
+
+def load():
+    """Batches to train with, and all of the test set: images (batch, 64) and labels."""
+    digits, rows = datasets.load_digits(), np.random.default_rng(0).permutation(1797)
+    arrays = {"image": np.float32(digits.data / 16), "label": digits.target}
+    train, test = ({name: array[some] for name, array in arrays.items()} for some in (rows[:1437], rows[1437:]))
+    return ft.from_arrays(train, batch_size=64, seed=0, last="drop"), test
 
 
 def init(key):
@@ -25,7 +33,7 @@ def init(key):
 
 
 def encode(params, batch):
-    return jax.nn.relu(batch["image"].reshape(-1, 64) @ params["encoder"])
+    return jax.nn.relu(batch["image"] @ params["encoder"])
 
 
 def main_loss(params, batch):
@@ -35,8 +43,7 @@ def main_loss(params, batch):
 
 
 def aux_loss(params, batch):
-    drawn = encode(params, batch) @ params["decoder"]
-    return jnp.mean((drawn - batch["image"].reshape(-1, 64)) ** 2)
+    return jnp.mean((encode(params, batch) @ params["decoder"] - batch["image"]) ** 2)
 
 
 def both_losses(params, batch):
@@ -47,8 +54,7 @@ def both_losses(params, batch):
 def pcgrad(grads):
     """Takes from each loss's gradient what points against another's, `{loss: tree}` to `{loss: tree}`.
 
-    Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", which visits the others in random order: with two losses
-    there is but one.
+    Yu et al. 2020, "Gradient Surgery for Multi-Task Learning": where there are several others, in random order.
     """
     projected = {}
     for name, tree in grads.items():
@@ -67,13 +73,10 @@ def norms(metrics):
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its files")
     parser.add_argument("--epochs", type=int, default=20)
     args = parser.parse_args(argv)
-    data = digits.load("digits", args.data_dir)
-    epochs = [digits.batches(data["train"], 64, shuffle_seed=epoch) for epoch in range(args.epochs)]
-    batches = [batch for epoch in epochs for batch in epoch if len(batch["label"]) == 64]
-    (test,) = digits.batches(data["test"], len(data["test"]))
+    train, test = load()
+    batches = [batch for epoch in range(args.epochs) for batch in train.epoch(epoch)]
 
     params = init(jax.random.key(0))
     parts = ft.partition(params, {layer: layer for layer in LAYERS})
@@ -97,8 +100,7 @@ def main(argv: list[str] | None = None) -> dict:
         metrics = {"parts": {part: {"grad_norm": optax.tree.norm(split[part])} for part in split}}
         return dataclasses.replace(state, params=params, opt_state=opt_state), metrics
 
-    results = {}
-    steps = {"summed": summed.measured, "routed": routed.measured, "alternating": alternating.measured}
+    results, steps = {}, {"summed": summed.measured, "routed": routed.measured, "alternating": alternating.measured}
     print("losses and accuracy of the test set; norms of the first batch's gradients, and of the last one's")
     for mode, step in (steps | {"PCGrad": projected}).items():
         state, seen = summed.init(params), []

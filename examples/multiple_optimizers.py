@@ -5,25 +5,26 @@ One loss, one backward pass; both optimizers step from gradients at the same par
 
 import argparse
 
-import digits
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from sklearn import datasets
 
 import functrain as ft
 
 
-def init(key: jax.Array, pixels: int) -> dict:
+def init(key: jax.Array) -> dict:
     def linear(key: jax.Array, inputs: int, outputs: int) -> dict:
         return {"kernel": jax.random.normal(key, (inputs, outputs)) * inputs**-0.5, "bias": jnp.zeros(outputs)}
 
     encoder, head = jax.random.split(key)
-    return {"encoder": linear(encoder, pixels, 128), "head": linear(head, 128, 10)}
+    return {"encoder": linear(encoder, 64, 128), "head": linear(head, 128, 10)}
 
 
 def apply(params: dict, images: jax.Array) -> jax.Array:
     encoder, head = params["encoder"], params["head"]
-    features = jax.nn.relu(images.reshape(len(images), -1) @ encoder["kernel"] + encoder["bias"])
+    features = jax.nn.relu(images @ encoder["kernel"] + encoder["bias"])
     return features @ head["kernel"] + head["bias"]
 
 
@@ -33,12 +34,15 @@ def loss_fn(params: dict, batch: dict) -> jax.Array:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its files")
     parser.add_argument("--epochs", type=int, default=10)
     args = parser.parse_args()
 
-    data = digits.load("digits", args.data_dir)
-    params = init(jax.random.key(0), data["train"][0]["image"].size)
+    digits = datasets.load_digits()
+    images, rows = np.float32(digits.data / 16), np.random.default_rng(0).permutation(1797)
+    train, test = ({"image": images[some], "label": digits.target[some]} for some in (rows[:1437], rows[1437:]))
+    batches = ft.from_arrays(train, batch_size=32, seed=0)
+
+    params = init(jax.random.key(0))
     parts = ft.partition(params, {"encoder": "encoder", "head": "head"})
     optim = ft.Optimizer(parts, {"encoder": ft.with_lr(optax.adam, 0.02), "head": ft.with_lr(optax.adam, 0.001)})
     opt_state = optim.init(params)
@@ -53,11 +57,10 @@ def main() -> None:
         return params, opt_state, loss.value
 
     for epoch in range(args.epochs):
-        for batch in digits.batches(data["train"], 32, shuffle_seed=epoch):
+        for batch in batches.epoch(epoch):
             params, opt_state, loss = update(params, opt_state, batch)
         print(f"epoch {epoch + 1:2}  loss {float(loss):.4f}")
 
-    (test,) = digits.batches(data["test"], len(data["test"]))
     accuracy = jnp.mean(apply(params, test["image"]).argmax(-1) == test["label"])
     print(f"\ntest accuracy {float(accuracy):.3f}")
 

@@ -8,13 +8,13 @@ the generated ones: how sure it is of them, and how many of the ten classes it s
 import argparse
 import pathlib
 
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from PIL import Image
+from sklearn import datasets
 from sklearn.linear_model import LogisticRegression
 
 import functrain as ft
@@ -49,7 +49,6 @@ def judged(train: dict, images: dict[str, np.ndarray]) -> dict:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", help="where tensorflow-datasets keeps its files")
     parser.add_argument("--variant", choices=("published", "nemo"), default="published")
     parser.add_argument("--steps", type=int, default=40_000, help="batches, of which the generator has every fourth")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -57,8 +56,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/wgan_gp.png"))
     args = parser.parse_args(argv)
 
-    data = digits.load("digits", args.data_dir)
-    (train,), (test,) = (digits.batches(data[split], len(data[split])) for split in ("train", "test"))
+    digits = datasets.load_digits()
+    images, rows = np.float32(digits.images / 16)[..., None], np.random.default_rng(0).permutation(1797)
+    train, test = ({"image": images[some], "label": digits.target[some]} for some in (rows[:1437], rows[1437:]))
     rngs = nnx.Rngs(args.seed)
     generator, g_params = nnx.split(MLP(LATENT, 8 * 8, rngs))
     discriminator, d_params = nnx.split(MLP(8 * 8, 1, rngs))

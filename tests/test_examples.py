@@ -1,26 +1,42 @@
-"""The examples run as a reader would run them, and learn real digits."""
+"""The examples run as a reader would run them, each without the others, and learn real digits."""
 
+import ast
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
+import functrain as ft
+
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
+PROGRAMS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+RUN_IN_FULL = {"custom_loop.py", "fit_digits.py", "many_seeds.py", "multiple_optimizers.py", "own_dataset.py"}
+RUN_BRIEFLY = {
+    "actor_critic.py": ["--steps", 840],
+    "finetune.py": ["--epochs", 1],
+    "multi_loss.py": ["--epochs", 1],
+    "wgan_gp.py": ["--steps", 4],
+}
 
 
 def run(program, *arguments):
+    """What an example prints that is the only file in its folder."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "error::UserWarning:functrain"}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / program), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, shutil.copy(EXAMPLES / program, folder), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            cwd=folder,
+        )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -29,51 +45,71 @@ def accuracy_in(output):
     return float(re.search(r"^test accuracy (0\.\d{3}|1\.000)$", output, re.MULTILINE)[1])
 
 
-def test_the_custom_loop_learns_the_digits(tmp_path):
-    output = run("custom_loop.py", "--data-dir", tmp_path)
+def test_the_custom_loop_learns_the_digits():
+    output = run("custom_loop.py")
     assert accuracy_in(output) >= 0.98
     assert re.search(r"^conv2 +2 +18,496 +72.2 KiB +adamw$", output, re.MULTILINE)
 
 
-def test_multiple_optimizers_learns_the_digits(tmp_path):
+def test_multiple_optimizers_learns_the_digits():
     # A small network without convolutions, trained for a few seconds: chance is 0.1.
-    assert accuracy_in(run("multiple_optimizers.py", "--data-dir", tmp_path)) >= 0.85
+    assert accuracy_in(run("multiple_optimizers.py")) >= 0.85
 
 
-def test_many_seeds_learn_the_digits_each_in_its_own_way(tmp_path):
-    output = run("many_seeds.py", "--data-dir", tmp_path)
+def test_many_seeds_learn_the_digits_each_in_its_own_way():
+    output = run("many_seeds.py")
     each = re.search(r"of each seed ([\d. ]+)$", output)[1].split()
     assert len(set(each)) > 1
     assert min(map(float, each)) >= 0.8  # Chance is 0.1.
 
 
-def test_the_data_is_written_once_and_split_without_overlap(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import digits
+# A dataset of one's own.
 
-    data = digits.load("digits", str(tmp_path))
-    assert {name: len(source) for name, source in data.items()} == {"train": 1293, "validation": 144, "test": 360}
+
+@pytest.fixture
+def own_dataset(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import own_dataset
+
+    return own_dataset
+
+
+def test_own_dataset_learns_the_digits(tmp_path):
+    assert accuracy_in(run("own_dataset.py", "--data-dir", tmp_path)) >= 0.85
+
+
+def test_the_data_is_written_once_and_split_without_overlap(tmp_path, own_dataset):
+    data = own_dataset.load(str(tmp_path))
+    assert {name: split.examples for name, split in data.items()} == {"train": 1293, "validation": 144, "test": 360}
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*array_record*")}
     assert written
-    digits.load("digits", str(tmp_path))
+    own_dataset.load(str(tmp_path))
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*array_record*")}
-    images = {name: [source[i]["image"].tobytes() for i in range(len(source))] for name, source in data.items()}
+    images = {name: [image.tobytes() for batch in split for image in batch["image"]] for name, split in data.items()}
+    assert [len(images[name]) for name in data] == [1293, 144, 360]
     assert not set(images["train"]) & set(images["test"])
     assert "tensorflow" not in sys.modules
 
 
-def test_an_epoch_has_every_record_once_in_an_order_that_follows_the_seed(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import digits
-
-    source = digits.load("digits", str(tmp_path))["validation"]
+def test_an_epoch_has_every_record_once_in_an_order_that_follows_the_seed(tmp_path, own_dataset):
+    builder = own_dataset.FunctrainDigits(data_dir=str(tmp_path), file_format="array_record")
+    orders = [{"shuffle": False}, {"seed": 1}, {"seed": 1}, {"seed": 2}]
     epochs = [
-        [batch["label"].tolist() for batch in digits.batches(source, 32, shuffle_seed=s)] for s in (None, 1, 1, 2)
+        [batch["label"].tolist() for batch in ft.from_tfds(builder, "train[90%:]", 32, **order)] for order in orders
     ]
     flat = [[label for batch in epoch for label in batch] for epoch in epochs]
     assert [len(batch) for batch in epochs[0]] == [32, 32, 32, 32, 16]
     assert sorted(flat[0]) == sorted(flat[1]) == sorted(flat[3])
     assert flat[1] == flat[2] != flat[3]
+
+
+def test_the_order_of_own_dataset_follows_its_seed_and_the_epoch(tmp_path, own_dataset):
+    def labels(seed, epoch):
+        return [batch["label"].tolist() for batch in own_dataset.load(str(tmp_path), seed=seed)["train"].epoch(epoch)]
+
+    assert labels(0, 0) == labels(0, 0)
+    assert labels(0, 0) != labels(0, 1)
+    assert labels(0, 0) != labels(1, 0)
 
 
 def test_the_custom_loop_runs_on_mnist_without_tensorflow(tmp_path):
@@ -89,7 +125,27 @@ def test_the_custom_loop_runs_on_mnist_without_tensorflow(tmp_path):
     assert "test accuracy" in done.stdout
 
 
-@pytest.mark.parametrize("program", sorted(path.name for path in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize("program", RUN_BRIEFLY)
+def test_an_example_runs_alone(program):
+    """Those that learn in tests of other files, in this process; here, as a reader starts them."""
+    assert run(program, *RUN_BRIEFLY[program])
+
+
+def test_every_example_is_run_alone():
+    assert {*RUN_IN_FULL, *RUN_BRIEFLY} == {*PROGRAMS}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_no_example_imports_another(program):
+    nodes = [*ast.walk(ast.parse((EXAMPLES / program).read_text()))]
+    imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    imported += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in nodes)
+    assert not {name.split(".")[0] for name in imported} & {name.removesuffix(".py") for name in PROGRAMS}
+    assert "functrain" in imported
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_examples_are_short(program):
     limit = 80 if program == "multiple_optimizers.py" else 120
     assert len((EXAMPLES / program).read_text().splitlines()) < limit

@@ -18,8 +18,8 @@ from functrain.loop.logs import read_json_lines
 EPOCHS = 5
 
 
-def fit_digits(out, data_dir):
-    return ["fit_digits.py", "--out", out, "--data-dir", data_dir, "--epochs", EPOCHS]
+def fit_digits(out):
+    return ["fit_digits.py", "--out", out, "--epochs", EPOCHS]
 
 
 def kill_after(start, program, *arguments):
@@ -57,21 +57,21 @@ def compiled_once(tmp_path_factory):
 
 
 def test_fit_digits_learns_and_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(tmp_path):
-    whole, cut, data_dir = tmp_path / "whole", tmp_path / "cut", tmp_path / "data"
-    output = run(*fit_digits(whole, data_dir))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    output = run(*fit_digits(whole))
     assert float(re.search(r"^test accuracy (\d\.\d{3})$", output, re.MULTILINE)[1]) >= 0.93
     matrix = [[int(n) for n in row.split()] for row in re.findall(r"^ ?\[+([ \d]+)\]+$", output, re.MULTILINE)]
     assert np.sum(matrix) == 360
 
-    kill_after("epoch  2", *fit_digits(cut, data_dir))
-    again = run(*fit_digits(cut, data_dir))
+    kill_after("epoch  2", *fit_digits(cut))
+    again = run(*fit_digits(cut))
     epochs = [int(epoch) for epoch in re.findall(r"^epoch +(\d+)", again, re.MULTILINE)]
     assert epochs == list(range(epochs[0], EPOCHS + 1))
     assert epochs[0] > 1  # It did go on.
     assert results_in(again) == results_in(output)
     assert history(cut) == history(whole)
 
-    ended = run(*fit_digits(cut, data_dir))
+    ended = run(*fit_digits(cut))
     assert "epoch" not in ended
     assert results_in(ended) == results_in(output)
 
@@ -80,7 +80,7 @@ def test_fit_digits_learns_and_killed_in_the_middle_of_an_epoch_ends_as_if_it_ha
 
 
 @pytest.fixture(scope="module")
-def finetuned(tmp_path_factory):
+def finetuned():
     """What the program prints and returns, and copies of the states before and after each of its stages."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
@@ -99,7 +99,7 @@ def finetuned(tmp_path_factory):
 
         patch.setattr(ft, "fit", kept, raising=False)
         patch.setattr("builtins.print", lambda text="": printed.append(str(text)))
-        results = finetune.main(["--data-dir", str(tmp_path_factory.mktemp("data"))])
+        results = finetune.main([])
     return results, "\n".join(printed), stages
 
 

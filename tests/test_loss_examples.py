@@ -23,11 +23,6 @@ def example():
         yield importlib.import_module
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("data"))
-
-
 def adam_counts(state):
     """The steps that the Adam of each part has made."""
 
@@ -42,12 +37,12 @@ def adam_counts(state):
 
 
 @pytest.fixture(scope="module")
-def gan(example, data_dir, tmp_path_factory):
+def gan(example, tmp_path_factory):
     """A short run of whole scans and a cycle that is cut short."""
     wgan_gp, out = example("wgan_gp"), tmp_path_factory.mktemp("gan") / "new" / "digits.png"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wgan_gp, "STEPS_A_SCAN", 400)
-        results = wgan_gp.main(["--steps", "1210", "--data-dir", data_dir, "--out", str(out)])
+        results = wgan_gp.main(["--steps", "1210", "--out", str(out)])
     return results, out
 
 
@@ -88,12 +83,12 @@ def numpy_scores(params, images):
 
 
 @pytest.mark.parametrize("variant", ["published", "nemo"])
-def test_the_discriminators_loss_is_that_of_the_paper_or_of_nemo(example, data_dir, tmp_path, monkeypatch, variant):
+def test_the_discriminators_loss_is_that_of_the_paper_or_of_nemo(example, tmp_path, monkeypatch, variant):
     wgan_gp = example("wgan_gp")
     made = []
     make_update = wgan_gp.ft.make_update
     monkeypatch.setattr(wgan_gp.ft, "make_update", lambda *given: made.append(given) or make_update(*given))
-    arguments = ["--variant", variant, "--steps", "7", "--data-dir", data_dir, "--out", str(tmp_path / "7.png")]
+    arguments = ["--variant", variant, "--steps", "7", "--out", str(tmp_path / "7.png")]
     state = wgan_gp.main(arguments)["state"]
     assert adam_counts(state) == {"discriminator": [6], "generator": [1]}
 
@@ -119,8 +114,8 @@ def test_the_discriminators_loss_is_that_of_the_paper_or_of_nemo(example, data_d
 
 
 @pytest.fixture(scope="module")
-def modes(example, data_dir):
-    return example("multi_loss").main(["--epochs", "4", "--data-dir", data_dir])
+def modes(example):
+    return example("multi_loss").main(["--epochs", "4"])
 
 
 def test_each_mode_learns_both_losses(modes):
@@ -130,11 +125,9 @@ def test_each_mode_learns_both_losses(modes):
         assert results["aux"] < 0.1
 
 
-def test_each_mode_begins_with_the_gradients_that_it_says(example, data_dir, modes):
-    import digits
-
+def test_each_mode_begins_with_the_gradients_that_it_says(example, modes):
     multi_loss = example("multi_loss")
-    batch = digits.batches(digits.load("digits", data_dir)["train"], 64, shuffle_seed=0)[0]
+    batch = next(multi_loss.load()[0].epoch(0))
     params = multi_loss.init(jax.random.key(0))
     main = jax.grad(lambda params: multi_loss.main_loss(params, batch).value)(params)
     aux = jax.grad(multi_loss.aux_loss)(params, batch)

@@ -1,135 +1,121 @@
-"""README's Python runs as it is written."""
+"""The Python of README and of the pages in docs/ runs as it is written, and prints what they say."""
 
+import code
+import contextlib
+import io
 import pathlib
 import re
 
-import equinox as eqx
-import haiku as hk
-import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
-from flax import linen, nnx
 
 import functrain as ft
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+MOST_WORDS = 1200  # What one reads before one tries a thing.
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def name(page):
+    return str(page.relative_to(ROOT))
 
 
-class NnxModel(nnx.Module):
-    def __init__(self, rngs):
-        self.linear = nnx.Linear(3, 4, rngs=rngs)
-        self.norm = nnx.BatchNorm(4, rngs=rngs)
-
-    def __call__(self, x):
-        return self.norm(self.linear(x))
+def blocks(page):
+    """The blocks of a page in order, `(language, text)`."""
+    return BLOCKS.findall(page.read_text())
 
 
-class LinenModel(linen.Module):
-    @linen.compact
-    def __call__(self, x):
-        return linen.Dense(1)(linen.tanh(linen.Dense(4)(x)))
+def run(text, page, names):
+    """Executes a block and returns what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(compile(text, name(page), "exec"), names)
+    return output.getvalue()
 
 
-def mlp(weights, x):
-    return jnp.tanh(x @ weights[0]) @ weights[1]
+def without_shares(output):
+    return re.sub(r"\d+%", "", output)  # XLA counts FLOPs differently from one version to the next.
 
 
-def gan():
-    """What the block on phases takes as given."""
-
-    def fakes(params, key):
-        return mlp(params["generator"], jax.random.normal(key, (16, 2)))
-
-    def d_loss(params, real, key):
-        d = params["discriminator"]
-        return mlp(d, fakes(params, key)).mean() - mlp(d, real).mean()
-
-    def g_loss(params, real, key):
-        return -mlp(params["discriminator"], fakes(params, key)).mean()
-
-    shapes = {"discriminator": [(3, 8), (8, 1)], "generator": [(2, 8), (8, 3)]}
-    params = {
-        part: [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(of)] for part, of in shapes.items()
-    }
-    parts = ft.partition(params, {part: part for part in shapes})
-    optim = ft.Optimizer(parts, dict.fromkeys(shapes, optax.adam(1e-4, b1=0.5, b2=0.9)))
-    given = {"d_loss": d_loss, "g_loss": g_loss, "gan_params": params, "gan_optim": optim}
-    return given | {"real": jax.random.normal(jax.random.key(9), (16, 3))}
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_python_block_runs_in_order_and_prints_what_the_page_says(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names, printed = {"__name__": "page"}, None
+    for language, text in blocks(page):
+        if language == "text":
+            assert printed is not None, "a block of text is what the Python before it prints"
+            assert without_shares(printed) == without_shares(text)
+            printed = None
+        elif language == "python":
+            printed = run(text, page, names)
+            if page.name == "models.md":
+                assert jnp.isfinite(names["loss"].value)
+            if "ft.fit(" in text and "evaluation=" in text:
+                assert names["result"].results["valid/loss"] < 0.1
+        else:
+            assert language == "console"
 
 
-def regression(directory):
-    """What the block on the loop takes as given."""
-    xs = np.random.default_rng(0).normal(size=(96, 2)).astype(np.float32)
-    params = {"w": jnp.zeros(2)}
-    optim = ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.sgd(0.3)})
-
-    def model(params, x):
-        return x @ params["w"]
-
-    def loss_fn(params, batch):
-        return ft.Loss(jnp.mean((model(params, batch["x"]) - batch["y"]) ** 2), weight=len(batch["y"]))
-
-    update = ft.make_update(loss_fn, optim)
-    return {"update": update, "params": params, "model": model, "xs": xs, "ys": xs.sum(1), "directory": directory}
+def test_every_page_but_the_costs_has_python_to_run_and_models_has_five_kinds():
+    python = {name(page): [text for language, text in blocks(page) if language == "python"] for page in PAGES}
+    assert len(python["docs/models.md"]) == 5
+    assert all(python[page] for page in python if page != "benchmarks/README.md")
 
 
-def test_every_python_block_runs_in_order(monkeypatch, capsys, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from custom_loop import Model
-
-    images = jax.random.uniform(jax.random.key(0), (7, 32, 8, 8, 1))
-    labels = jax.random.randint(jax.random.key(1), (7, 32), 0, 10)
-    names = {
-        "Model": Model,
-        "batches": [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)],
-        "cross_entropy": optax.softmax_cross_entropy_with_integer_labels,
-        "jnp": jnp,
-        "eqx": eqx,
-        "x": jnp.ones((5, 3)),
-        "nnx_model": NnxModel(nnx.Rngs(0)),
-        "linen_model": LinenModel(),
-        "eqx_model": eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0)),
-        "haiku_model": hk.transform(lambda x: hk.nets.MLP([4, 1])(x)),
-    }
-    loop, rates, compiled, phases, audit, fit, *models = blocks("python")
-    exec(loop, names)
-    table, audited = blocks("text")
-    assert f"{names['optim']}\n" == table
-    exec(rates, names)
-    assert abs(float(names["optim"].learning_rates(names["opt_state"])["conv1"]) - 1e-4) < 1e-10
-    names["batches"] = names["batches"][:6]
-    exec(compiled, names)
-    assert int(names["state"].step) == 3  # Four batches, two that were left over, and four in a scan.
-    names |= gan()
-    exec(phases, names)
-    assert int(names["state"].step) == 9
+def test_the_first_program_runs_where_it_is_pasted_into_a_python_prompt(capsys):
+    """Line by line, as a prompt reads it: an empty line ends a block, and nothing else does."""
+    (_, program), (_, printed) = [block for block in blocks(README) if block[0] in ("python", "text")][:2]
+    assert sum(bool(line.strip()) for line in program.splitlines()) <= 15
+    assert not re.search(r"flax|equinox|haiku", program)
+    prompt = code.InteractiveConsole({"__name__": "__console__"})
     capsys.readouterr()
-    exec(audit, names)
-    shares = re.compile(r"\d+%")  # XLA counts FLOPs differently from one version to the next.
-    assert shares.sub("", capsys.readouterr().out) == shares.sub("", audited)
-    names |= regression(tmp_path)
-    exec(fit, names)
-    assert names["result"].results["valid/loss"] < 0.1
-    assert len(models) == 5
-    for block in models:
-        exec(block, names)
-        assert jnp.isfinite(names["loss"].value)
+    for line in [*program.splitlines(), ""]:
+        prompt.push(line)
+    seen = capsys.readouterr()
+    assert seen.err == ""
+    assert seen.out == printed
+
+
+def test_the_first_page_can_be_read_in_five_minutes():
+    assert len(README.read_text().split()) <= MOST_WORDS
 
 
 def test_the_error_that_the_readme_quotes_is_the_one_that_is_raised():
     params = {"conv1": {"w": 1.0, "b": 1.0}, "conv2": {"w": 1.0, "b": 1.0}}
     with pytest.raises(ft.PartitionError) as raised:
         ft.partition(params, {"conv1": "conv_1", "rest": ...})
-    assert str(raised.value) in " ".join(README.split())
+    assert str(raised.value) in " ".join(README.read_text().split())
 
 
-def test_files_that_the_readme_links_to_exist():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+def headings(page):
+    """The anchors that GitHub gives the headings of a page."""
+    prose = BLOCKS.sub("", page.read_text())
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in re.findall(r"^#+ (.*)$", prose, re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_what_a_page_links_to_exists(page):
+    links = re.findall(r"\]\(([^):]+)\)", page.read_text())
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+
+
+def test_every_page_and_every_example_can_be_reached_from_the_first_page():
+    linked = {link.partition("#")[0] for link in re.findall(r"\]\(([^):]+)\)", README.read_text())}
+    programs = {name(path) for path in (ROOT / "examples").glob("*.py")}
+    assert {name(page) for page in PAGES} - {"README.md"} <= linked
+    assert programs <= linked
+
+
+def test_every_command_of_the_pages_is_there():
+    makefile = (ROOT / "Makefile").read_text()
+    commands = [text for page in PAGES for language, text in blocks(page) if language == "console"]
+    commands += [text for page in PAGES for text in re.findall(r"`((?:python|make) [^`]+)`", page.read_text())]
+    for program in re.findall(r"python (\S+\.py)", "\n".join(commands)):
+        assert (ROOT / program).exists() or (ROOT / "examples" / program).exists(), program
+    for target in re.findall(r"make (\w+)", "\n".join(commands)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
