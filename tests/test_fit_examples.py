@@ -13,7 +13,6 @@ import pytest
 from test_examples import EXAMPLES, run
 
 import functrain as ft
-from functrain.loop.logs import read_json_lines
 
 EPOCHS = 5
 
@@ -44,7 +43,7 @@ def results_in(output):
 
 def history(out):
     untimed = ("time", "train/steps_per_second")
-    return [{k: v for k, v in row.items() if k not in untimed} for row in read_json_lines(out / "log.jsonl")]
+    return [{k: v for k, v in row.items() if k not in untimed} for row in ft.read_json_lines(out / "log.jsonl")]
 
 
 @pytest.fixture(scope="module", autouse=True)

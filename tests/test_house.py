@@ -1,0 +1,91 @@
+"""The rooms of functrain: arrows between them go down, nothing is a circle, nothing is too large to read."""
+
+import ast
+import graphlib
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import functrain
+
+HOUSE = Path(functrain.__file__).parent
+FLOORS = ["errors", "tree", "gradients optim", "update", "auditing", "loop", "functrain"]  # From the ground up.
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+
+
+def imports(house):
+    """`{module: modules that it imports}`, those for types and those within functions too."""
+    trees = {".".join(("functrain", *path.relative_to(house).with_suffix("").parts)): ast.parse(path.read_text())
+             for path in house.rglob("*.py")}  # fmt: skip
+    found = {}
+    for module, tree in trees.items():
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        names = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+        names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        assert not any(node.level for node in froms), f"{module} has a relative import, which this test does not read"
+        found[module] = {each for name in names for each in (name, name.rpartition(".")[0], f"{name}.__init__")
+                         if each in trees and each != module}  # fmt: skip
+    return found
+
+
+def faults(house):
+    arrows = imports(house)
+    room = {module: "functrain" if module == "functrain.__init__" else module.split(".")[1] for module in arrows}
+    for module, others in arrows.items():
+        for other in sorted(others):
+            if room[module] != room[other] and FLOOR[room[module]] <= FLOOR[room[other]]:
+                yield f"{module} imports {other}, which is not below it"
+            if "loop.checkpoint" in module and room[other] == "loop" and "checkpoint" not in other and arrows[other] & {
+                each for each in arrows if room[each] == "loop"
+            }:  # fmt: skip
+                yield f"{module} imports {other}, which stands on others of the loop"
+    try:
+        graphlib.TopologicalSorter(arrows).prepare()
+    except graphlib.CycleError as circle:
+        yield f"a circle: {', '.join(circle.args[1])}"
+
+
+def test_arrows_go_down_and_nothing_is_a_circle():
+    assert not list(faults(HOUSE))
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("tree/paths.py", "from functrain.optim.optimizer import Optimizer"),  # Upwards,
+        ("optim/states.py", "from functrain.gradients import loss"),  # to a room beside it,
+        ("update/step.py", "def late():\n    import functrain.loop.fit"),  # from the core to the loop,
+        ("loop/run.py", "if TYPE_CHECKING:\n    from functrain.loop.hooks import Hook"),  # in a circle, for types,
+        ("loop/checkpoint/folder.py", "from functrain.loop.reader import Reader"),  # or to the rest of the loop.
+    ],
+)
+def test_an_arrow_that_is_turned_round_is_found(tmp_path, module, line):
+    for path in HOUSE.rglob("*.py"):
+        copy = tmp_path / path.relative_to(HOUSE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text() + ("" if str(copy.relative_to(tmp_path)) != module else f"\n{line}\n"))
+    assert list(faults(tmp_path))
+
+
+def code_lines(text):
+    """The numbers of the lines that hold code: no blank line, no comment, no docstring."""
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in layout]
+    docs = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)]  # fmt: skip
+    lines = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    return lines - {line for node in docs for line in range(node.lineno, node.end_lineno + 1)}
+
+
+@pytest.mark.parametrize("path", sorted(HOUSE.rglob("*.py")), ids=lambda path: str(path.relative_to(HOUSE)))
+def test_a_file_a_class_and_a_function_can_be_read_in_one_sitting(path):
+    text = path.read_text()
+    code = code_lines(text)
+    assert len(text.splitlines()) <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef):
+            assert node.end_lineno - node.lineno < 250, node.name
+        if isinstance(node, ast.FunctionDef):
+            assert len(code & {*range(node.lineno, node.end_lineno + 1)}) <= 50, node.name
