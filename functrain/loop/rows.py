@@ -27,7 +27,7 @@ class Rows:
         """Begins to write; what a log has past the run's step never happened. A restored run takes its history."""
         for logger in self._loggers:
             logger.resume(run.step or -1)
-        self._since = run.now()
+        self._since = run.now
         if self._path is not None and is_restored and self._path.exists():
             rows = [row for row in read_json_lines(self._path) if row["step"] <= run.step]
             run.history = [{name: value for name, value in row.items() if name != "time"} for row in rows]

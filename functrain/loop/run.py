@@ -38,15 +38,16 @@ class Run:
         self.stopped: str | None = None
         self._are_stacked = False
         self._began = time.monotonic()
-        self.done_until = self.now()
+        self.done_until = self.now
 
     def stop(self, why: str) -> None:
         """Ends the run after what is under way; a hook that did so does it again in `run_started`, if it is to last."""
         self.stopped = why
 
-    def now(self, step: int | None = None) -> Moment:
-        """Where the run stands, or with a step, where it would stand then."""
-        return Moment(self.step if step is None else step, self.epoch, time.monotonic() - self._began)
+    @property
+    def now(self) -> Moment:
+        """Where the run stands."""
+        return Moment(self.step, self.epoch, time.monotonic() - self._began)
 
     def take(self, state: TrainState, metrics: dict[str, Any], *, stacked: bool = False) -> bool:
         """Takes in what an update returned; says whether it made a step. Stacked: of several, on a leading axis."""
@@ -72,4 +73,4 @@ class Run:
         """Stands where it stood when it was saved."""
         self.step, self.epoch, self.results, self.metrics = int(self.state.step), epoch, results, metrics
         self._began -= seconds
-        self.done_until = self.now()
+        self.done_until = self.now

@@ -45,7 +45,7 @@ class Saver:
         extra = {
             "epoch": run.epoch,
             "read": run.reader.read,
-            "seconds": run.now().seconds,
+            "seconds": run.now.seconds,
             "results": {name: np.asarray(value).tolist() for name, value in run.results.items() if _is_numeric(value)},
             # Without an update after it, an epoch's end logs those of the update before it.
             "metrics": flattened(run.last_metrics()) if self._log.epochs is not None else {},

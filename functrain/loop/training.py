@@ -1,6 +1,7 @@
 """A run, from where it stands to its end: read, update, log, evaluate, save."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -68,15 +69,18 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
     for _ in _advances(run, plan, signals):
         if run.step != run.done_until.step:
             plan.hooks.tell("update_ended", run)
-        before, now = run.done_until, run.now()
+        before, now = run.done_until, run.now
         run.done_until, run.evaluated = now, {}
-        if run.metrics and plan.log.due(before, now):
+        logs = run.metrics and plan.log.due(before, now)
+        evaluations = [evaluation for evaluation in plan.evaluations if evaluation.every.due(before, now)]
+        saves = saver is not None and saver.checkpoints.every.due(before, now)
+        if logs:
             row = plan.rows.training(run, now)
             check_logged(run, row, saver.last_sound if saver else lambda: "none")
             plan.rows.add(run, row)
-        if due := [evaluation for evaluation in plan.evaluations if evaluation.every.due(before, now)]:
-            _evaluate(run, plan, due)
-        if saver and (saver.checkpoints.every.due(before, now) or (due and saver.checkpoints.is_best(run.evaluated))):
+        if evaluations:
+            _evaluate(run, plan, evaluations)
+        if saver and (saves or (evaluations and saver.checkpoints.is_best(run.evaluated))):
             saver.save(run)
         show()
     if saver:
@@ -85,18 +89,18 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
 
 def _advances(run: Run, plan: Plan, signals: StopSignals) -> Iterator[None]:
     """Reads and updates; lets the caller go on after each optimizer step, or scan, and at each epoch's end."""
-    reader = run.reader
+    is_over, reader = functools.partial(_is_over, run, plan, signals), run.reader
     # A run that was killed at its last step may have its epoch's end before it.
-    while (plan.epochs is None or run.epoch < plan.epochs) and (reader.read or not _is_over(run, plan, signals)):
+    while (plan.epochs is None or run.epoch < plan.epochs) and (reader.read or not is_over()):
         reader.begin(run.epoch)
-        is_over = _is_over(run, plan, signals)
-        while not is_over and (batches := reader.next_chunk(_next_count(run, plan))):
+        ends = is_over()
+        while not ends and (batches := reader.next_chunk(_next_count(run, plan))):
             if _update(run, plan, batches):
                 yield
-            is_over = _is_over(run, plan, signals)
+            ends = is_over()
         # What is due at an epoch's end is done by a run that has come to it with its last step.
         is_cut_off = run.stopped is not None or signals.received is not None
-        if is_over and (is_cut_off or not reader.is_at_end()):
+        if ends and (is_cut_off or not reader.is_at_end()):
             return
         if not reader.read:
             raise FitError(
@@ -130,9 +134,10 @@ def _update(run: Run, plan: Plan, batches: Sequence[object]) -> bool:
         return run.take(*update.scan(state, put_stacked(batches, plan.sharding)), stacked=True)
     batch = put(batches[0], plan.sharding)
     ends_window = int(state.pending) + 1 == update.accumulate
-    if ends_window and plan.log.due(run.done_until, run.now(run.step + len(update.schedule.turn(run.step)))):
-        return run.take(*update.measured(state, batch))
-    return run.take(*update(state, batch))
+    is_measured = ends_window and plan.log.due(
+        run.done_until, run.now._replace(step=run.step + len(update.schedule.turn(run.step)))
+    )
+    return run.take(*(update.measured if is_measured else update)(state, batch))
 
 
 def _evaluate(run: Run, plan: Plan, due: Sequence[Evaluation]) -> None:

@@ -5,7 +5,7 @@ import json
 from typing import Any, Self
 
 from functrain.loop.checkpoint.contents import Contents
-from functrain.loop.checkpoint.leaves import WINDOW, leaf_spec, named_leaves
+from functrain.loop.checkpoint.leaves import WINDOW, leaf_spec, named_fields, named_leaves
 from functrain.tree.arrays import committed_sharding, replicated_over
 from functrain.update.state import TrainState
 
@@ -15,30 +15,35 @@ class Asked:
     """The state that is asked for.
 
     Attributes:
-      like: arrays or `jax.ShapeDtypeStruct`s.
+      fields: those of its fields that have leaves, of arrays or `jax.ShapeDtypeStruct`s.
       leaves: its leaves by name.
       specs: their shapes and dtypes by name, but for those of a pending window.
-      configuration: what its update is made of.
+      written_configuration: what its update is made of, as JSON.
       shardings: where its user put each leaf; None where JAX may move it.
       replicated: where what it has no place for goes, over several devices; None over one.
     """
 
-    like: TrainState
+    fields: dict[str, Any]
     leaves: dict[str, Any]
     specs: dict[str, str]
-    configuration: dict[str, Any]
+    written_configuration: str
     shardings: dict[str, Any]
     replicated: Any
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What its update is made of."""
+        return dict(json.loads(self.written_configuration))
 
     @classmethod
     def of(cls, like: TrainState) -> Self:
         """Looks at a state once."""
         leaves = named_leaves(like)
         return cls(
-            like=like,
+            fields=named_fields(like),
             leaves=leaves,
             specs={name: leaf_spec(leaf) for name, leaf in leaves.items() if not name.startswith(WINDOW)},
-            configuration=json.loads(like.configuration),
+            written_configuration=like.configuration,
             shardings={name: committed_sharding(leaf) for name, leaf in leaves.items()},
             replicated=replicated_over(like.params),
         )

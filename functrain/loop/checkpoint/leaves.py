@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from functrain.errors import CheckpointError
-from functrain.tree.paths import flatten, unflatten
+from functrain.tree.paths import flatten
 from functrain.update.state import TrainState
 from functrain.update.window import Window
 
@@ -24,17 +23,12 @@ def named_leaves(state: TrainState) -> dict[str, Any]:
     >>> sorted(named_leaves(state))
     ['batches', 'opt_state/all/mu/w', 'params/w', 'pending', 'step']
     """
-    fields = {name: getattr(state, name) for name in FIELDS} | {"window": _window_fields(state.window)}
-    return flatten({name: value for name, value in fields.items() if value is not None})
+    return flatten(named_fields(state) | ({} if state.window is None else {"window": _window_fields(state.window)}))
 
 
-def state_of(leaves: Mapping[str, Any], like: TrainState, containers: Any) -> TrainState:
-    """The inverse of `named_leaves`: a state of the structure of another one, its window from `window_containers`."""
-    fields = {name: getattr(like, name) for name in FIELDS if getattr(like, name) is not None}
-    own = {name: leaf for name, leaf in leaves.items() if not name.startswith(WINDOW)}
-    values = dict.fromkeys(FIELDS) | unflatten(own, like=fields)
-    values |= {name: np.asarray(values[name], np.int32) for name in COUNTERS}
-    return TrainState(**values, window=_window(containers, leaves), configuration=like.configuration)
+def named_fields(state: TrainState) -> dict[str, Any]:
+    """The fields of a state that have leaves, but for a pending window."""
+    return {name: getattr(state, name) for name in FIELDS if getattr(state, name) is not None}
 
 
 def leaf_spec(leaf: Any) -> str:
@@ -85,7 +79,9 @@ def _containers(node: Any) -> Any:
     )
 
 
-def _window(containers: Any, leaves: Mapping[str, Any]) -> Window | None:
+def window_of(containers: Any, leaves: Mapping[str, Any]) -> Window | None:
+    """The inverse of `window_containers`: a window of leaves by name."""
+
     def filled(node: Any) -> Any:
         if isinstance(node, str) or node is None:
             return None if node is None else leaves[node]

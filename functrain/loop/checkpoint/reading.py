@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from functrain.errors import CheckpointError
 from functrain.loop.checkpoint.asked import Asked, differences, places
 from functrain.loop.checkpoint.contents import decoded
-from functrain.loop.checkpoint.leaves import state_of
+from functrain.loop.checkpoint.leaves import COUNTERS, FIELDS, WINDOW, window_of
 from functrain.loop.checkpoint.regroup import regrouped
 from functrain.loop.checkpoint.storage import Storage
 from functrain.optim.adoption import Adoption
+from functrain.tree.paths import unflatten
 from functrain.tree.text import listed_lines
 from functrain.update.state import TrainState
 
@@ -48,14 +51,13 @@ def read(storage: Storage, checkpoint: Path, asked: Asked, *, regroup: bool) -> 
             " with the update that it was saved from, or, if only parts or optimizers are others, regroup=True"
         )
     leaves, report = storage.leaves(checkpoint, contents.specs, places(contents, asked)), None
+    window = window_of(contents.window, leaves)
     if differs:
         leaves, report = regrouped(leaves, contents, asked)
-    beside = contents.beside
-    return Restored(
-        state=state_of(leaves, asked.like, contents.window),
-        data=decoded(beside.data),
-        metrics=beside.metrics,
-        extra=decoded(beside.extra),
-        path=checkpoint,
-        report=report,
+    values = unflatten({name: leaf for name, leaf in leaves.items() if not name.startswith(WINDOW)}, like=asked.fields)
+    counters = {name: np.asarray(values[name], np.int32) for name in COUNTERS}
+    state = TrainState(
+        **{**dict.fromkeys(FIELDS), **values, **counters}, window=window, configuration=asked.written_configuration
     )
+    beside = contents.beside
+    return Restored(state, decoded(beside.data), beside.metrics, decoded(beside.extra), checkpoint, report)

@@ -37,7 +37,8 @@ def regrouped(leaves: Mapping[str, Any], contents: Contents, asked: Asked) -> tu
         raise CheckpointError("regroup=True needs the values that new state starts with: like=update.init(params, ...)")
     new_paths, old_paths = asked.configuration["parts"], contents.configuration["parts"]
     before = {name: leaves[name] for name in contents.leaves if name.startswith(_PREFIX)}
-    states, report = adopted(_by_part(now, new_paths), _by_part(before, old_paths), new_paths, old_paths)
+    new, old = _by_part(now, new_paths), _by_part(before, old_paths)
+    states, report = adopted(new, old, new_paths, old_paths)
     kept = {name: leaf for name, leaf in leaves.items() if name not in before}
     for part, flat in states.items():
         for rest, leaf in flat.items():
