@@ -1,4 +1,4 @@
-"""An encoder and a head, each with an optimizer of its own, in plain JAX: Catalyst's multi-optimizer example.
+"""An encoder and a head, each with an optimizer of its own, in plain JAX.
 
 One loss, one backward pass; both optimizers step from gradients at the same parameters.
 """

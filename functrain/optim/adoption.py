@@ -88,7 +88,9 @@ def adopted(
         origins = {owner.get(path) for path in new_paths[part]}
         source = next(iter(origins)) if len(origins) == 1 else None
         same = (
-            source is not None and _spec(old[source]) == _spec(flat) and set(old_paths[source]) == set(new_paths[part])
+            source is not None
+            and _shapes_and_dtypes(old[source]) == _shapes_and_dtypes(flat)
+            and set(old_paths[source]) == set(new_paths[part])
         )
         states[part] = {}
         for entry in _entries(part, flat, new_paths[part]):
@@ -149,7 +151,7 @@ def _as(leaf: Any, like: Any, *, copy: bool) -> Any:
     return jnp.array(leaf, copy=True) if copy else leaf
 
 
-def _spec(flat: Flat) -> dict[str, Any]:
+def _shapes_and_dtypes(flat: Flat) -> dict[str, Any]:
     return {name: (jnp.shape(leaf), jnp.result_type(leaf)) for name, leaf in flat.items()}
 
 

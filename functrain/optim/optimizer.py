@@ -112,7 +112,7 @@ class Optimizer:
         Raises:
           OptimizerError: gradients or `lr` of an unknown or frozen part; wrong shapes; `lr` for a part without
             `with_lr`; a state that is not of this optimizer, or that a transform returns in another structure.
-          PartitionError: a part's gradients have not its paths, or params not the partition's structure.
+          PartitionError: gradients that are not of a part's paths, or params not of the partition's structure.
         """
         split = self.parts.split(params)
         check_grads(grads, self.parts, self.trained, split)

@@ -225,7 +225,7 @@ def table(parts: Partition, title: str, cells: Sequence[str], *, paths: bool = F
         mine = [leaf for leaf in parts.leaves if leaf.part == part]
         rows.append((part, *_sums(mine), cell))
         if paths:
-            rows += [(f"  {leaf.path}", "", *_sums([leaf])[1:], _spec(leaf)) for leaf in mine]
+            rows += [(f"  {leaf.path}", "", *_sums([leaf])[1:], _kind(leaf)) for leaf in mine]
     rows.append(("total", *_sums(parts.leaves), ""))
     return aligned(rows, (str.ljust, str.rjust, str.rjust, str.rjust, str.ljust))
 
@@ -294,5 +294,5 @@ def _sums(leaves: Sequence[Leaf]) -> tuple[str, str, str]:
     return f"{len(leaves):,}", f"{parameters:,}", bytes_in_words(nbytes)
 
 
-def _spec(leaf: Leaf) -> str:
+def _kind(leaf: Leaf) -> str:
     return "not an array" if leaf.shape is None else f"{leaf.dtype}{list(leaf.shape)}"

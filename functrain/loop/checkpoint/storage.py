@@ -3,6 +3,7 @@
 import contextlib
 import math
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from functrain.loop.checkpoint.leaves import shape_dtype
 from functrain.loop.checkpoint.placement import owned, to_read, to_write
 
 _ARRAYS, _CONTENTS = "state", "facts"
+_TRIES, _PAUSE = 20, 0.02  # Seconds.
 
 
 def contents_file(checkpoint: Path) -> Path:
@@ -76,8 +78,7 @@ class Storage:
             with contextlib.suppress(Exception):
                 broken.close()
         if jax.process_index() == 0:
-            for left in checkpoint.parent.glob(f"{checkpoint.name}.orbax-checkpoint-tmp*"):
-                shutil.rmtree(left, ignore_errors=True)
+            _remove_unfinished(checkpoint)
 
     def close(self) -> None:
         """Gives back threads and memory; it may be used again."""
@@ -94,3 +95,14 @@ class Storage:
             handlers = {_ARRAYS: arrays, _CONTENTS: ocp.JsonCheckpointHandler()}
             self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
         return self._orbax
+
+
+def _remove_unfinished(checkpoint: Path) -> None:
+    """Removes what there is of a checkpoint, also where threads of a failed write still add to it for a moment."""
+    for _ in range(_TRIES):
+        left = [*checkpoint.parent.glob(f"{checkpoint.name}.orbax-checkpoint-tmp*")]
+        if not left:
+            return
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(_PAUSE)
