@@ -12,7 +12,7 @@ from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
 from functrain.loop.hooks import EarlyStopping, Hook, Hooks
-from functrain.loop.logs import Logger
+from functrain.loop.logs import JsonLines, Logger
 from functrain.loop.progress import progress_bar
 from functrain.loop.reader import Reader
 from functrain.loop.rows import Rows
@@ -171,10 +171,10 @@ def _tell_regrouped(restored: Restored | None) -> None:
 
 
 def _rows(loggers: Sequence[Logger], checkpoints: Checkpoints | None) -> Rows:
-    """Where numbers go: the first process writes them, to a log beside the checkpoints too."""
-    if jax.process_index():
-        return Rows([], None)
-    return Rows(loggers, checkpoints.directory / _LOG if checkpoints else None)
+    """Where numbers go: the first process writes them, to a log beside the checkpoints too; all find them there."""
+    path = checkpoints.directory / _LOG if checkpoints else None
+    of_first = [*([] if path is None else [JsonLines(path)]), *loggers]
+    return Rows([] if jax.process_index() else of_first, path)
 
 
 def _laid_out(

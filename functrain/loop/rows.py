@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from functrain.loop.every import Moment
-from functrain.loop.logs import JsonLines, Logger, flattened, read_json_lines
+from functrain.loop.logs import Logger, flattened, read_json_lines
 from functrain.loop.run import Run
 
 
@@ -14,12 +14,12 @@ class Rows:
 
     Args:
       loggers: where they go.
-      path: a file of JSON lines, in which a run that goes on finds its history; None without one.
+      path: the file of JSON lines in which a run that goes on finds its history; None without one.
     """
 
     def __init__(self, loggers: Sequence[Logger], path: Path | None) -> None:
         self._path = path
-        self._loggers = [*([] if path is None else [JsonLines(path)]), *loggers]
+        self._loggers = loggers
         self._since = Moment()
         self._written: set[tuple[Any, ...]] = set()
 
