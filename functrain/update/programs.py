@@ -37,7 +37,8 @@ class Program:
 
     It consumes the leaves of the state that it changes, and reads the others: a phase leaves the networks of other
     phases where they are, and every update what is frozen. XLA deletes what is consumed and writes the new in its
-    place. Optimizer state that it does not change is no argument of it: nothing of it is looked at.
+    place. Optimizer state that it does not change is no argument of it, as nothing of it is looked at; a frozen part
+    has none at all.
     """
 
     def __init__(self, steps: Sequence[Step], call: Call, form: Form):
