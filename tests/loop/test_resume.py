@@ -1,5 +1,6 @@
 """Runs of `fit` that are killed or stopped, in processes of their own, and started again with the same command."""
 
+import fcntl
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 import resume_run
+import warm
 
 import functrain as ft
 
@@ -38,12 +40,15 @@ WITHIN_REMOVAL = r"os.remove [^/]+$"
 LOG_IS_CUT = r"os.rename \S+/log\.jsonl\.tmp"
 
 
-def started(directory, scenario, *, cache, number=signal.SIGKILL, at=None, **options):
+def started(directory, scenario, *, cache, number=signal.SIGKILL, at=None, cold=False, **options):
     """A process that trains, and sends itself a signal at a point, if it is told to."""
     options |= {"send": int(number), "at": at} if at is not None else {}
-    flags = [f"--{name}={value}" for name, value in options.items()]
-    command = [sys.executable, RUN, directory, scenario, f"--cache={cache}", *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    arguments = [directory, scenario, f"--cache={cache}", *(f"--{name}={value}" for name, value in options.items())]
+    if not cold:
+        return warm.Process(RUN, *arguments)
+    return subprocess.Popen(
+        [sys.executable, RUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def waited_for(*processes):
@@ -57,11 +62,16 @@ def waited_for(*processes):
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory):
-    """`start(directory, scenario, ...)`: all processes of all tests compile what they train once."""
+def shared(tmp_path_factory):
+    """A folder of all processes of all tests."""
     folder = tmp_path_factory.getbasetemp()
-    cache = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache"
-    return functools.partial(started, cache=cache)
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def start(shared):
+    """`start(directory, scenario, ...)`: they compile what they train once."""
+    return functools.partial(started, cache=shared / "cache")
 
 
 @pytest.fixture(scope="session")
@@ -84,13 +94,20 @@ def ended(directory, ran):
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(run, tmp_path_factory):
-    """`uninterrupted(scenario, ...)` returns what a run ends with that nobody kills."""
+def uninterrupted(run, shared):
+    """`uninterrupted(scenario, ...)` returns what a run ends with that nobody kills, and that starts cold."""
 
     @functools.cache
     def outcome(scenario, **options):
-        directory = tmp_path_factory.mktemp(scenario)
-        return ended(directory, run(directory, scenario, **options))
+        directory = shared / "-".join(["uninterrupted", scenario, *map(str, options.values())])
+        directory.mkdir(exist_ok=True)
+        with open(directory / "outcome", "a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # One worker runs it, which the other waits for.
+            file.seek(0)
+            if not (kept := file.read()):
+                kept = json.dumps(ended(directory, run(directory, scenario, cold=True, **options)))
+                file.write(kept)
+        return json.loads(kept)
 
     return outcome
 
@@ -268,7 +285,7 @@ def test_a_loss_that_is_nan_ends_a_run_that_has_saved_nothing_of_it(run, tmp_pat
         _, errors, code = run(tmp_path, "nan")
         assert code == 1
         assert errors.splitlines()[-1] == (
-            "functrain.loop.run.NonFiniteError: step 5: 'train/loss' is not finite, nor are the parameters of part"
+            "functrain.errors.NonFiniteError: step 5: 'train/loss' is not finite, nor are the parameters of part"
             f" 'body', 'head'; the last sound checkpoint is {tmp_path / '4'}; restore it and lower the rate, or leave"
             ' such updates out: make_update(..., nonfinite="skip")'
         )
