@@ -39,6 +39,8 @@ RENAMED = r"shutil.rmtree \S+/\.removed-"
 WITHIN_REMOVAL = r"os.remove [^/]+$"
 LOG_IS_CUT = r"os.rename \S+/log\.jsonl\.tmp"
 
+pytestmark = pytest.mark.slow
+
 
 def started(directory, scenario, *, cache, number=signal.SIGKILL, at=None, cold=False, **options):
     """A process that trains, and sends itself a signal at a point, if it is told to."""

@@ -92,6 +92,7 @@ def test_the_list_is_that_of_optax():
     assert EXCLUDED.keys() <= TAKE_A_RATE.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("name", NAMES)
 def test_three_steps_compile_once_and_keep_the_types_of_params_and_state(name, rate):
