@@ -1,17 +1,28 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer; they keep what they install in .venv.
+#
+#   make test              everything: lint, types, all tests. What to run before a change is handed on.
+#   make check ROOM=optim  in half a minute: lint, types, and of one room (tree, gradients, optim, update, auditing,
+#                          loop) the examples in its docstrings and its tests, without those that are marked slow.
+#   make soak, make bench  runs killed 200 times; what things cost.
 PYTHON ?= python3
 BIN = .venv/bin
+ROOM ?= tree
 
-.PHONY: demo test soak bench clean
+.PHONY: demo test check lint soak bench clean
 
 demo: .venv/.examples
 	$(BIN)/python examples/custom_loop.py
 
-test: .venv/.dev
+test: lint
+	$(BIN)/pytest -q -n 2 --dist worksteal
+
+check: lint
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not slow" functrain/$(ROOM) tests/$(ROOM)
+
+lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n 2 --dist worksteal
 
 soak: .venv/.dev
 	RESUME_KILLS=200 $(BIN)/pytest -q -n 2 tests/loop/test_resume.py -k killed_at_random

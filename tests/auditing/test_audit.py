@@ -90,6 +90,7 @@ def losses_of(program):
     return losses
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(programs())
 def test_a_leaf_is_reached_if_its_gradient_is_not_zero(program):

@@ -19,6 +19,7 @@ def test_total_is_burns_plain_sum():
     np.testing.assert_array_equal(acc.total()["w"], [6.0, 6.0])
 
 
+@pytest.mark.slow
 def test_mean_of_microbatches_is_the_gradient_of_their_union():
     """Also when they differ in the number of unmasked tokens, as in a batch of sentences."""
     key = jax.random.key(0)
@@ -116,6 +117,7 @@ def test_accumulators_are_laid_out_as_the_gradients_are():
         assert acc.mean()["w"].sharding.is_equivalent_to(sharding, 2)
 
 
+@pytest.mark.slow
 def test_a_hand_written_loop_under_one_jit_with_scan():
     """take, Optimizer, accumulate and zeros, with nothing else: as a user's own program has them."""
     params = {"encoder": {"w": jnp.ones((4, 4))}, "head": {"w": jnp.ones((4, 2)), "b": jnp.zeros(2)}}

@@ -76,6 +76,7 @@ def random_linear(seed, parts, losses):
     }
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(st.data(), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**16))
 def test_no_loss_leaks_into_a_part_that_is_not_given_it(data, n_parts, n_losses, seed):

@@ -153,9 +153,11 @@ def arrays():
 
 
 def initial():
-    keys = jax.random.split(jax.random.key(0))
-    body = {"w": jax.random.normal(keys[0], (FEATURES, HIDDEN)), "b": jnp.zeros(HIDDEN)}
-    return {"body": body, "head": {"w": 0.1 * jax.random.normal(keys[1], (HIDDEN, 1))}}
+    """By NumPy: what JAX draws, every process would trace anew."""
+    rng = np.random.default_rng(8)
+    body = {"w": rng.normal(size=(FEATURES, HIDDEN)), "b": np.zeros(HIDDEN)}
+    head = {"w": 0.1 * rng.normal(size=(HIDDEN, 1))}
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf.astype(np.float32)), {"body": body, "head": head})
 
 
 def optimizer(params):
@@ -281,7 +283,7 @@ def together(directory, **options):
     key = jax.jit(lambda: jax.random.key(7), out_shardings=replicated)()
     update = ft.make_update(loss_fn, optimizer(params), accumulate=3)
     return ft.fit(
-        update, begun(update, params, key), batches(BATCH, seed=3), epochs=20, log=ft.Every(updates=10),
+        update, begun(update, params, key), batches(BATCH, seed=3), epochs=8, log=ft.Every(updates=10),
         evaluation=evaluation(every=ft.Every(updates=4), sharding=halves), sharding=halves,
         checkpoints=ft.Checkpoints(directory, every=ft.Every(updates=2), keep_best="valid/loss"), **options,
     )  # fmt: skip

@@ -419,6 +419,7 @@ def output(process):
     return out
 
 
+@pytest.mark.slow
 def test_tensorflow_is_never_imported_even_where_it_is_installed(tmp_path):
     fake = tmp_path / "tensorflow"
     fake.mkdir()
@@ -437,6 +438,7 @@ def test_tensorflow_is_never_imported_even_where_it_is_installed(tmp_path):
     assert not (tmp_path / "imported").exists()
 
 
+@pytest.mark.slow
 def test_two_real_processes_share_each_batch():
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))

@@ -365,6 +365,7 @@ print("RESULTS", results["x"], results["each"], results["confusion"].tolist())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_each_example_once_and_agree():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

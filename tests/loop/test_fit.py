@@ -34,6 +34,7 @@ from functrain.errors import CheckpointError, FitError, NonFiniteError
 # The same bits as a loop of one's own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_fit_leaves_the_bits_of_a_loop_of_ones_own(accumulate):
     """It logs, which is a program of its own, and evaluates; and nothing of the state shows it."""

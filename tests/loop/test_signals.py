@@ -202,6 +202,7 @@ def test_a_process_exits_with_the_code_of_its_signal():
     assert code == 143
 
 
+@pytest.mark.slow
 def test_all_processes_stop_at_one_step():
     port = free_port()
     processes = [start(RUN, port, process) for process in range(2)]
@@ -215,6 +216,7 @@ def test_all_processes_stop_at_one_step():
     assert code == other_code == 143
 
 
+@pytest.mark.slow
 def test_without_jaxs_preemption_service_several_processes_are_not_stopped():
     port = free_port()
     ended = finished(*(start(WITHOUT_THE_SERVICE, port, process) for process in range(2)))

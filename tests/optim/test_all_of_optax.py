@@ -56,6 +56,8 @@ DTYPES = [
     (jnp.float32, jnp.bfloat16),
     (jnp.bfloat16, jnp.float16),
 ]
+# XLA spends less on the code of these steps, of which types are looked at and no bits.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.optimistic_adam. is deprecated:DeprecationWarning")
 
@@ -90,13 +92,14 @@ def test_the_list_is_that_of_optax():
     assert EXCLUDED.keys() <= TAKE_A_RATE.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("name", NAMES)
 def test_three_steps_compile_once_and_keep_the_types_of_params_and_state(name, rate):
     optim, params, step = make(name, rate)
     opt_state = optim.init(params)
     before = types_of((params, opt_state))
-    step = jax.jit(step)
+    step = jax.jit(step, compiler_options=QUICKLY)
     for _ in range(3):
         params, opt_state = step(params, opt_state)
     assert types_of((params, opt_state)) == before

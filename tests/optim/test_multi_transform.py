@@ -101,6 +101,7 @@ def optax_transform(kind):
     return optax.set_to_zero() if kind == "FROZEN" else TRANSFORMS[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @settings(deadline=None, max_examples=15)
 @given(case=cases())
@@ -110,6 +111,7 @@ def test_steps_give_what_multi_transform_gives_to_the_bit(jit, case):
     assert bits(run(case, jit)) == bits(run_optax(together, case.whole, case.grads, jit))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @settings(deadline=None, max_examples=15)
 @given(case=cases())

@@ -217,6 +217,7 @@ def test_extra_arguments_reach_the_transform_that_takes_them_and_others_ignore_t
     assert moved == [(-1.0, -1.0), (-0.5, -1.0), (-0.25, -1.0)]
 
 
+@pytest.mark.slow
 def test_lbfgs_in_one_part_is_lbfgs_alone_on_the_flat_tree():
     optim = ft.Optimizer(PARTS, {"body": optax.lbfgs(), "head": ft.with_lr(optax.sgd, 0.1)})
     whole, opt_state = params(), optim.init(params())

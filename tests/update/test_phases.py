@@ -108,6 +108,7 @@ def test_alternating_losses_share_the_optimizer_of_their_part_as_in_nemo():
     np.testing.assert_allclose(found, [0.1, 0.21, 0.3985, 0.58815], rtol=0, atol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3, 4, 11])
 def test_the_generator_has_every_fourth_batch_as_in_nemo(count):
     update, state = started()
@@ -165,6 +166,7 @@ def by_hand(params, batches, *, same_batch=False):
     return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same_batch", [False, True])
 def test_phases_are_the_steps_written_by_hand(same_batch):
     update, state = started(gan(same_batch=same_batch))
@@ -223,6 +225,7 @@ def test_every_phase_and_repeat_has_a_key_of_its_own():
     np.testing.assert_array_equal(rows[1]["G"]["drawn"], expected)
 
 
+@pytest.mark.slow
 def test_a_phase_compiles_the_backward_pass_of_its_own_parts_alone():
     def wide(key, *shape):
         return jax.random.normal(key, shape) / 16
@@ -257,6 +260,7 @@ def test_a_phase_compiles_the_backward_pass_of_its_own_parts_alone():
 # Together with the rest of an update.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("accumulate", "options"),
     [(1, {}), (2, {}), (1, {"same_batch": True}), (1, {"same_batch": True, "repeat": 2}), (2, {"repeat": 2})],
@@ -277,6 +281,7 @@ def test_scan_and_pure_leave_the_bits_of_call_after_call(accumulate, options):
         np.testing.assert_allclose(metrics[name]["loss"], losses, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_scan_begins_where_the_state_stands_in_the_cycle():
     update, state = started()
     batches = batches_of(10)
@@ -287,6 +292,7 @@ def test_scan_begins_where_the_state_stands_in_the_cycle():
     assert_equal(called.params, state.params)
 
 
+@pytest.mark.slow
 def test_a_window_belongs_to_one_phase():
     update, state = started(gan(1), accumulate=3)
     before = copy.deepcopy(state)
@@ -345,6 +351,7 @@ def test_a_phase_that_returns_no_model_state_leaves_it():
     assert int(state.model_state) == 5
 
 
+@pytest.mark.slow
 def test_a_function_of_the_step_says_whose_turn_it_is():
     schedule = ft.alternate(
         ft.Phase("D", d_loss, "discriminator"),
@@ -440,6 +447,7 @@ def test_a_phase_whose_after_may_change_every_parameter_consumes_them_all():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(start.opt_state["generator"]))
 
 
+@pytest.mark.slow
 def test_phases_keep_the_layout_of_their_parameters():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     params = gan_params()

@@ -50,6 +50,7 @@ def token_loss(params, batch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [[5, 5, 5, 5], [1, 5, 2, 4], [3, 0, 0, 1]])
 def test_a_window_is_one_batch_of_the_union_also_with_unequal_token_counts(counts):
     with jax.enable_x64():
@@ -156,6 +157,7 @@ def test_the_middle_of_a_window_runs_no_optimizer_and_holds_no_buffer_of_a_froze
     assert steps == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_16_bit_parameters_keep_their_dtypes_and_sum_in_float32(dtype):
     params = linear_params(dtype)
@@ -167,6 +169,7 @@ def test_16_bit_parameters_keep_their_dtypes_and_sum_in_float32(dtype):
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [2, 3, 6])
 def test_microbatches_in_one_call_give_the_result_of_the_whole_batch(microbatches):
     with jax.enable_x64():
@@ -183,6 +186,7 @@ def test_microbatches_in_one_call_give_the_result_of_the_whole_batch(microbatche
 # Scan and pure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_scan_leaves_the_same_bits_as_one_by_one(accumulate):
     params, batches = linear_params(), batches_of(12)
@@ -216,6 +220,7 @@ def test_pure_works_under_ones_own_jit_and_scan(accumulate):
     assert int(again.step) == 2 * int(expected.step)
 
 
+@pytest.mark.slow
 def test_pure_under_vmap_trains_several_seeds_at_once():
     def init(key):
         return jax.tree.map(lambda leaf: leaf + jax.random.normal(key, leaf.shape), linear_params())
@@ -294,6 +299,7 @@ class Model(nnx.Module):
         return self.head(self.norm(self.linear(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_flax_nnx_with_batch_norm(accumulate, microbatches):

@@ -105,6 +105,7 @@ def wide_batches(count):
     return jax.random.normal(jax.random.key(1), (count, 16, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize(("accumulate", "programs"), [(1, 1), (2, 2), (4, 3)])
 def test_nothing_recompiles_after_the_first_window(mesh, sharded, accumulate, programs):
@@ -130,6 +131,7 @@ def test_nothing_recompiles_after_the_first_window(mesh, sharded, accumulate, pr
     assert [program.jitted._cache_size() for program in update._programs.kept.values()] == sizes == [1] * programs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_every_leaf_keeps_its_sharding_through_first_middle_last_and_scan(mesh, accumulate):
     params = sharded_params(mesh)
@@ -191,6 +193,7 @@ def test_abstract_is_what_init_returns(mesh, sharded):
     assert jax.tree.leaves(from_shapes) == jax.tree.leaves(abstract)
 
 
+@pytest.mark.slow
 def test_a_pending_window_survives_pickling():
     params, batches = linear_params(), batches_of(6)
 

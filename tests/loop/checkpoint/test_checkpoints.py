@@ -156,6 +156,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_bit_comes_back_and_trains_on_to_the_same_bits(tmp_path, name):
     update, params, batches, given = CASES[name]()

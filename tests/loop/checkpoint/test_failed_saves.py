@@ -69,10 +69,12 @@ def check_failing(ended):
     assert (found["steps"], found["same"]) == (["1", "4"], True)
 
 
+@pytest.mark.slow
 def test_files_that_cannot_grow_fail_a_save_and_the_next_one_is_tried(tmp_path):
     check_failing(run(FAILING, tmp_path, "limit"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_fails_a_save_and_the_next_one_is_tried(tmp_path):
     mount = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"]), "sh", "-c"]
     script = f'mount -t tmpfs -o size=1200k none {tmp_path} && exec "$@"'
@@ -83,6 +85,7 @@ def test_a_full_disk_fails_a_save_and_the_next_one_is_tried(tmp_path):
     check_failing(subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["with", "fit"])
 def test_a_program_whose_last_save_failed_ends_with_an_error(tmp_path, way):
     ended = run(

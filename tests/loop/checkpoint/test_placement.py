@@ -51,6 +51,7 @@ def on_eight(tmp_path_factory):
     return checkpoints.directory, bits(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [8, 4, 1, None])
 def test_saved_on_eight_devices_it_comes_back_on_others_exactly(on_eight, devices):
     directory, saved_bits = on_eight
@@ -90,6 +91,7 @@ def test_saved_where_nobody_placed_it_it_comes_back_on_eight_devices(tmp_path):
     wide(restored, 2.0)
 
 
+@pytest.mark.slow
 def test_a_process_with_fewer_devices_reads_what_was_saved_on_eight(on_eight):
     directory, saved_bits = on_eight
     code = """

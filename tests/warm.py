@@ -1,0 +1,165 @@
+"""Processes that start warm: forked from one that has imported what they need, and has done nothing else.
+
+`Process` stands for what `subprocess.Popen` starts. It is a process with its own id, pipes and memory, which signals
+really end. What an interpreter takes up once, as it starts, is its parent's: the environment is what it was when the
+first one was started, and all of a parent's children hash with one seed. What depends on these is to start cold.
+"""
+
+import atexit
+import concurrent.futures
+import functools
+import gc
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+IMPORTED = ("jax", "optax", "functrain.loop", "grain", "orbax.checkpoint")
+
+
+# Of the tests.
+
+
+class Process:
+    """`subprocess.Popen([sys.executable, path, ...], text=True)` with three pipes, or [..., "-c", text, ...]."""
+
+    def __init__(self, program, *arguments):
+        pipes = [os.pipe() for _ in range(4)]
+        (its_in, to_it), (from_it, its_out), (errors, its_errors), (end, its_life) = pipes
+        is_path = isinstance(program, Path)
+        asked = {
+            "text": program.read_text() if is_path else program, "cwd": os.getcwd(),
+            "argv": [str(program) if is_path else "-c", *map(str, arguments)],
+        }  # fmt: skip
+        its = [its_in, its_out, its_errors, its_life]
+        self.pid, self.returncode = answer(asked, its), None
+        for fd in its:
+            os.close(fd)
+        self.stdin, self.stdout, self.stderr = os.fdopen(to_it, "w"), os.fdopen(from_it), os.fdopen(errors)
+        self._end = os.fdopen(end, "rb", buffering=0)  # Of a pipe that nobody writes to, which closes as it ends.
+
+    def poll(self):
+        """Its exit code, minus the signal if one ended it; None while it runs. It keeps its id until this says so."""
+        return self._ended_within(0)
+
+    def wait(self, timeout=None):
+        if self._ended_within(timeout) is None:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+        return self.returncode
+
+    def _ended_within(self, timeout):
+        if self.returncode is None:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._end, selectors.EVENT_READ)
+                if selector.select(timeout):
+                    self.returncode = answer({"ended": self.pid})
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout=None):
+        """All that it prints, and its errors, when it has ended; it is killed if that takes too long."""
+        self.stdin.close()
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            printed = [threads.submit(stream.read) for stream in (self.stdout, self.stderr)]
+            try:
+                self.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
+        return tuple(each.result() for each in printed)
+
+
+@functools.cache
+def parent():
+    """A socket to the process that forks. It ends with the tests, and ends what it has forked."""
+    ours, its = socket.socketpair()
+    with its:
+        command = [sys.executable, __file__, str(its.fileno())]
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[its.fileno()]
+        )
+    atexit.register(process.wait)
+    atexit.register(ours.shutdown, socket.SHUT_RDWR)
+    return ours
+
+
+def answer(asked, fds=()):
+    """What the process that forks answers: a number."""
+    socket.send_fds(parent(), [json.dumps(asked).encode()], fds)
+    if not (number := parent().recv(16)):
+        raise ChildProcessError("the process that forks has ended")
+    return int(number)
+
+
+# Of the process that forks.
+
+
+def child(tests):
+    """What is asked of a child, and its standard streams: returns in each child, and in the parent when all is done."""
+    running = set()
+    while True:
+        message, fds, _, _ = socket.recv_fds(tests, 1 << 20, 4)
+        if not message:
+            break
+        asked = json.loads(message)
+        if "ended" in asked:
+            _, status = os.waitpid(asked["ended"], 0)
+            running.remove(asked["ended"])
+            tests.send(b"%d" % os.waitstatus_to_exitcode(status))
+            continue
+        with warnings.catch_warnings(action="ignore"):  # There are threads, of BLAS, which minds forks.
+            pid = os.fork()
+        if pid == 0:
+            tests.close()
+            return asked, fds
+        running.add(pid)
+        for fd in fds:
+            os.close(fd)
+        tests.send(b"%d" % pid)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return None
+
+
+def become(asked, fds):
+    """Runs a program as an interpreter does, which then ends as the program lets it."""
+    *standard, its_life = fds
+    os.set_inheritable(its_life, False)
+    for number, fd in enumerate(standard):
+        os.dup2(fd, number)
+        os.close(fd)
+    os.chdir(asked["cwd"])
+    path, sys.argv = asked["argv"][0], asked["argv"]
+    sys.path[0] = "" if path == "-c" else str(Path(path).parent)
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    main.__file__ = path
+    exec(compile(asked["text"], path, "exec"), vars(main))
+
+
+def main():
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # It ends when the tests do.
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # Else the first collection of each child copies all of it.
+    if todo := child(socket.socket(fileno=int(sys.argv[1]))):
+        signal.signal(signal.SIGINT, interrupted)
+        become(*todo)
+
+
+if __name__ == "__main__":
+    main()
