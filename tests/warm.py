@@ -21,7 +21,7 @@ import types
 import warnings
 from pathlib import Path
 
-IMPORTED = ("jax", "optax", "functrain.loop", "grain", "orbax.checkpoint")
+IMPORTED = ("jax", "optax", "functrain.loop.fit", "functrain.loop.data", "grain", "orbax.checkpoint")
 
 
 # Of the tests.
