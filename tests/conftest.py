@@ -1,8 +1,10 @@
 """Eight CPU devices for every test, so that sharding is tested wherever the tests run."""
 
+import itertools
 import os
 import shutil
 import warnings
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -16,6 +18,7 @@ hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
+HERE = Path(__file__).parent
 COMPILED = 2**28  # Bytes of compiled programs that are kept; a session of all tests has a tenth of it.
 
 
@@ -38,6 +41,30 @@ def pytest_configure(config):
     for name, value in kept.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Each worker begins with slow files, so that none is left alone with one when the others have ended.
+
+    Of xdist a worker gets as many tests as any other, in one row, and takes from the end of another's when it is done.
+    """
+    if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) == 1:
+        return
+    slow, fast = [], []
+    for path, of_file in itertools.groupby(items, key=lambda item: item.path):
+        tests = [*of_file]
+        count = sum(test.get_closest_marker("slow") is not None for test in tests)
+        is_slow = count > 0 or path.parent == HERE  # Where the examples are tested.
+        (slow if is_slow else fast).append((count, tests))
+    shares = [[] for _ in range(workers)]
+    for _, tests in sorted(slow, key=lambda each: each[0], reverse=True):
+        min(shares, key=len).extend(tests)
+    rest = itertools.chain.from_iterable(tests for _, tests in fast)
+    of_each = len(items) // workers
+    for share in shares:
+        share.extend(itertools.islice(rest, max(0, of_each - len(share))))
+    items[:] = [*itertools.chain.from_iterable(shares), *rest]
 
 
 @pytest.fixture

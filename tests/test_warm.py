@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import warm
 
-WAITING = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
+# An interrupt ends it also where the tests run in the background, whose processes ignore interrupts.
+WAITING = """
+import os, signal, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+print(os.getpid(), flush=True)
+time.sleep(100)
+"""
 
 
 def cold(program):
@@ -69,7 +75,7 @@ def test_it_is_killed_when_it_takes_too_long():
     assert process.wait(10) == -signal.SIGKILL
 
 
-def test_it_does_not_outlive_those_who_started_it(tmp_path):
+def test_it_does_not_outlive_those_who_started_it():
     starts = f"import warm, time; print(warm.Process({WAITING!r}).pid, flush=True); time.sleep(100)"
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); {starts}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -91,8 +91,13 @@ def parent():
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[its.fileno()]
         )
-    atexit.register(process.wait)
-    atexit.register(ours.shutdown, socket.SHUT_RDWR)
+
+    @atexit.register
+    def end():
+        ours.shutdown(socket.SHUT_RDWR)
+        ours.close()
+        process.wait()
+
     return ours
 
 

@@ -2,13 +2,12 @@
 
 import re
 import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import warm
 from runs import compilations
 from sklearn.metrics import accuracy_score, confusion_matrix, roc_auc_score, top_k_accuracy_score
 
@@ -370,12 +369,7 @@ def test_two_processes_evaluate_each_example_once_and_agree():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(port), str(process)], stdout=subprocess.PIPE, text=True
-        )
-        for process in range(2)
-    ]
+    started = [warm.Process(TWO_PROCESSES, port, process) for process in range(2)]
     for process in started:
         output, _ = process.communicate(timeout=120)
         assert "ERROR params lie over several processes, and each would evaluate its own batches alone" in output

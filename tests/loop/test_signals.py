@@ -6,6 +6,7 @@ import sys
 import threading
 
 import pytest
+import warm
 
 from functrain.loop.signals import StopSignals
 
@@ -77,11 +78,6 @@ def handlers():
 
 def send(number):
     os.kill(os.getpid(), number)
-
-
-def start(program, *arguments):
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def free_port():
@@ -190,11 +186,13 @@ def test_outside_the_main_thread_nothing_is_installed():
 
 
 def test_a_handler_from_c_is_left_alone():
-    assert finished(start(FOREIGN_HANDLER)) == [("None None", 0)]
+    command = [sys.executable, "-c", FOREIGN_HANDLER]
+    cold = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert finished(cold) == [("None None", 0)]
 
 
 def test_a_process_exits_with_the_code_of_its_signal():
-    process = start(RUN)
+    process = warm.Process(RUN)
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     [(line, code)] = finished(process)
@@ -205,7 +203,7 @@ def test_a_process_exits_with_the_code_of_its_signal():
 @pytest.mark.slow
 def test_all_processes_stop_at_one_step():
     port = free_port()
-    processes = [start(RUN, port, process) for process in range(2)]
+    processes = [warm.Process(RUN, port, process) for process in range(2)]
     for process in processes:
         process.stdout.readline()
     processes[1].send_signal(signal.SIGTERM)
@@ -219,5 +217,5 @@ def test_all_processes_stop_at_one_step():
 @pytest.mark.slow
 def test_without_jaxs_preemption_service_several_processes_are_not_stopped():
     port = free_port()
-    ended = finished(*(start(WITHOUT_THE_SERVICE, port, process) for process in range(2)))
+    ended = finished(*(warm.Process(WITHOUT_THE_SERVICE, port, process) for process in range(2)))
     assert ended == [("[False, False, False] None None", 0)] * 2

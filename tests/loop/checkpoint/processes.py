@@ -2,8 +2,9 @@
 
 import pathlib
 import subprocess
-import sys
 import textwrap
+
+import warm
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -31,7 +32,13 @@ PRELUDE = """
 """
 
 
-def run(script, *arguments, **options):
+def start(script, *arguments):
     """A script in a process of its own."""
-    command = [sys.executable, "-c", textwrap.dedent(PRELUDE) + textwrap.dedent(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
+    return warm.Process(textwrap.dedent(PRELUDE) + textwrap.dedent(script), *arguments)
+
+
+def run(script, *arguments):
+    """What a script prints, and its exit code."""
+    process = start(script, *arguments)
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(script, process.returncode, output, errors)

@@ -4,12 +4,9 @@ import contextlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
-from processes import PRELUDE, ROOT
+from processes import start
 from states import at, copied, everything, flip, like, names, updated
 from trees import says
 
@@ -27,12 +24,10 @@ WRITER = """
 @pytest.fixture
 def another():
     """Asks another process to do something with checkpoints of its own."""
-    code = textwrap.dedent(PRELUDE) + textwrap.dedent(WRITER)
     with contextlib.ExitStack() as stack:
 
         def started(directory):
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
-            process = stack.enter_context(subprocess.Popen([sys.executable, "-c", code, str(directory)], **pipes))
+            process = start(WRITER, directory)
             stack.callback(process.kill)
 
             def ask(what):
