@@ -76,7 +76,8 @@ def signalling(number, pattern, nth, stalls):
             os.kill(os.getpid(), number)
             if stalls:
                 print("stalled", flush=True)
-                time.sleep(STALLED)
+                for _ in range(10 * STALLED):  # A signal that comes just before a sleep is handled only after it.
+                    time.sleep(0.1)
 
     return hook
 
