@@ -1,6 +1,7 @@
 """The examples run as a reader would run them, each without the others, and learn real digits."""
 
 import ast
+import contextlib
 import os
 import pathlib
 import re
@@ -10,6 +11,7 @@ import sys
 import tempfile
 
 import pytest
+import warm
 
 import functrain as ft
 
@@ -20,16 +22,20 @@ PROGRAMS = sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 def run(program, *arguments):
     """What an example prints that is the only file in its folder."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "error::UserWarning:functrain"}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        process = warm.Process(pathlib.Path(shutil.copy(EXAMPLES / program, folder)), *arguments)
+        output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "UserWarning" not in errors
+    return output
+
+
+def run_cold(program, *arguments):
+    """The same, as a reader starts it."""
+    environment = {**os.environ, "PYTHONWARNINGS": "error::UserWarning:functrain"}
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, shutil.copy(EXAMPLES / program, folder), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment,
-            cwd=folder,
-        )
+        command = [sys.executable, shutil.copy(EXAMPLES / program, folder), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -39,7 +45,7 @@ def accuracy_in(output):
 
 
 def test_the_custom_loop_learns_the_digits():
-    output = run("custom_loop.py")
+    output = run_cold("custom_loop.py")
     assert accuracy_in(output) >= 0.98
     assert re.search(r"^conv2 +2 +18,496 +72.2 KiB +adamw$", output, re.MULTILINE)
 
@@ -112,10 +118,10 @@ def test_the_custom_loop_runs_on_mnist_without_tensorflow(tmp_path):
         "with tfds.testing.mock_data(num_examples=100): custom_loop.main()\n"
         "assert 'tensorflow' not in sys.modules"
     )
-    arguments = ["--dataset", "mnist", "--epochs", "1", "--data-dir", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "test accuracy" in done.stdout
+    process = warm.Process(program, "--dataset", "mnist", "--epochs", "1", "--data-dir", str(tmp_path))
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "test accuracy" in output
 
 
 @pytest.mark.parametrize("program", ["actor_critic.py", "finetune.py", "multi_loss.py", "wgan_gp.py"])

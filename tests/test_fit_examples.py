@@ -1,15 +1,13 @@
 """The examples of `fit` run as a reader would run them, also where they are killed in the middle."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import warm
 from test_examples import EXAMPLES, run
 
 import functrain as ft
@@ -23,16 +21,10 @@ def fit_digits(out):
 
 def kill_after(start, program, *arguments):
     """Runs a program until it prints a line that starts so, and kills it then."""
-    process = subprocess.Popen(
-        [sys.executable, str(EXAMPLES / program), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )
+    process = warm.Process(EXAMPLES / program, *arguments)
     for line in process.stdout:
         if line.startswith(start):
-            os.kill(process.pid, signal.SIGKILL)
-    process.stdout.close()
+            process.kill()
     assert process.wait(timeout=60) == -signal.SIGKILL
 
 
@@ -44,15 +36,6 @@ def results_in(output):
 def history(out):
     untimed = ("time", "train/steps_per_second")
     return [{k: v for k, v in row.items() if k not in untimed} for row in ft.read_json_lines(out / "log.jsonl")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The processes share what they compile: it is only time that they save."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
 
 
 def test_fit_digits_learns_and_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(tmp_path):

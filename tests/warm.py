@@ -21,7 +21,16 @@ import types
 import warnings
 from pathlib import Path
 
-IMPORTED = ("jax", "optax", "functrain.loop.fit", "functrain.loop.data", "grain", "orbax.checkpoint")
+IMPORTED = (
+    "jax",
+    "optax",
+    "functrain.loop.fit",
+    "functrain.loop.data",
+    "grain",
+    "orbax.checkpoint",
+    "flax.nnx",
+    "sklearn.datasets",
+)
 
 
 # Of the tests.
