@@ -3,7 +3,7 @@
 #   make test              everything: lint, types, all tests. What to run before a change is handed on.
 #   make check ROOM=optim  in half a minute: lint, types, and of one room (tree, gradients, optim, update, auditing,
 #                          loop) the examples in its docstrings and its tests, without those that are marked slow.
-#   make soak, make bench  runs killed 200 times; what things cost.
+#   make soak, make bench  runs killed 200 times, laws drawn 150 to 600 times; what things cost.
 PYTHON ?= python3
 BIN = .venv/bin
 ROOM ?= tree
@@ -13,8 +13,9 @@ ROOM ?= tree
 demo: .venv/.examples
 	$(BIN)/python examples/custom_loop.py
 
+# A third worker fills the time in which a test waits for a process.
 test: lint
-	$(BIN)/pytest -q -n 2 --dist worksteal
+	$(BIN)/pytest -q -n 3 --dist worksteal
 
 check: lint
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not slow" functrain/$(ROOM) tests/$(ROOM)
@@ -25,7 +26,8 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 soak: .venv/.dev
-	RESUME_KILLS=200 $(BIN)/pytest -q -n 2 tests/loop/test_resume.py -k killed_at_random
+	SOAK=15 $(BIN)/pytest -q -n 2 tests/loop/test_resume.py -k killed_at_random
+	SOAK=15 $(BIN)/pytest -q -n 2 tests/optim/test_multi_transform.py tests/auditing/test_audit.py
 
 bench: .venv/.bench
 	$(BIN)/python benchmarks/partition.py

@@ -9,6 +9,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from soak import SOAK
 
 import functrain as ft
 from functrain.auditing.flow import Marks, flow
@@ -91,7 +92,7 @@ def losses_of(program):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40 * SOAK, deadline=None)
 @given(programs())
 def test_a_leaf_is_reached_if_its_gradient_is_not_zero(program):
     losses = losses_of(program)

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 import resume_run
 import warm
+from soak import SOAK
 
 import functrain as ft
 
 RUN = Path(__file__).with_name("resume_run.py")
-KILLS = int(os.environ.get("RESUME_KILLS", "20"))  # In all; `make soak` has more.
+KILLS = 14 * SOAK  # In all.
 SAFETY = 180  # Seconds after which a process hangs.
 
 # Points of a run at which it is killed, as `resume_run.event_text` has them, in the order of a save.
