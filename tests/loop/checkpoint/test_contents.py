@@ -1,5 +1,6 @@
 """What a checkpoint must have in common with the state that is asked for."""
 
+import json
 import shutil
 
 import jax
@@ -129,3 +130,23 @@ def test_ten_differences_are_listed_and_the_others_counted(tmp_path):
         with pytest.raises(CheckpointError, match=says("params/w09: saved as", "\n  ... and 6 more\n")) as raised:
             checkpoints.restore(like=other.abstract(changed))
     assert "params/w10" not in str(raised.value)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_another_format_is_an_error_that_says_which_version_reads_it(tmp_path, number):
+    params = {"w": jnp.ones(2)}
+    optim = ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.adam(0.1)})
+    update = ft.make_update(lambda params, batch: jnp.sum(params["w"] * batch), optim)
+    with ft.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(update.init(params))
+    written = tmp_path / "0" / "facts" / "metadata"
+    contents = json.loads(written.read_bytes()) | {"format": number}
+    contents["versions"]["functrain"] = "0.9.9"
+    if number == 1:  # It had no number.
+        del contents["format"]
+    written.write_text(json.dumps(contents))
+    manifest.publish(tmp_path / "0", {})
+    told = rf"written by functrain 0\.9\.9 in format {number}.*go on with functrain 0\.9\.9"
+    with pytest.raises(ft.CheckpointError, match=told):
+        ft.Checkpoints(tmp_path).restore(like=update.abstract(params))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock") == ["0", "0.manifest.json"]
