@@ -52,7 +52,7 @@ class Reader:
             warnings.warn(
                 f"the data can't be resumed: epoch {epoch} starts again at its beginning, after {self.read} batches"
                 " of it; give data whose iterator has get_state and set_state, such as ft.from_arrays or Grain's",
-                stacklevel=5,
+                stacklevel=6,
             )
             self.read = 0
         self._batches, self._position = batches, None
