@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from functrain.errors import FitError
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.evaluation import Evaluation
@@ -63,6 +64,7 @@ def fit(
     sharding: jax.sharding.Sharding | None = None,
     load_best_on_end: bool = False,
     regroup: bool = False,
+    fresh: bool = False,
 ) -> Result:
     """Trains; the same call starts a run and goes on with it.
 
@@ -99,13 +101,15 @@ def fit(
       load_best_on_end: return the state of the best checkpoint, by its `keep_best`.
       regroup: take a checkpoint of other parts or optimizers, and print what became of their state; see
         `Checkpoints.restore`.
+      fresh: start a new run where there are checkpoints; they and their log are moved to a folder beside, and kept.
 
     Returns:
       A `Result`.
 
     Raises:
       FitError: neither epochs nor steps, or an option without what it needs.
-      CheckpointError: the checkpoints are of another update, or another process writes to them.
+      CheckpointError: the checkpoints are of another update, none of them is sound, one can't be read, or another
+        process writes to them.
       SaveError: the last save of the run failed.
       NonFiniteError: a loss that was logged, or a parameter that was to be saved, is NaN or infinite.
       SystemExit: 143 or 130 after SIGTERM or SIGINT: the update was finished and saved.
@@ -129,9 +133,7 @@ def fit(
         if checkpoints:
             checkpoints.open()
             stack.push(checkpoints.__exit__)
-        restored = plan.saver.restore(run, regroup=regroup) if plan.saver else None
-        _tell_regrouped(restored)
-        plan.rows.resume(run, is_restored=restored is not None)
+        _begin(run, plan, regroup=regroup, fresh=fresh)
         bar = progress_bar(run, epochs=epochs, steps=steps, data=data, wanted=progress)
         _go_through(run, plan, signals, stack.enter_context(bar))
         if checkpoints:
@@ -141,6 +143,25 @@ def fit(
         if load_best_on_end and checkpoints:
             _take_best(run, checkpoints, regroup=regroup)
     return Result(run.state, run.history, run.results, run.stopped, run.epoch)
+
+
+def _begin(run: Run, plan: Plan, *, regroup: bool, fresh: bool) -> None:
+    """Has a run go on where it stood, or begin."""
+    if fresh:
+        _start_anew(plan.saver.checkpoints if plan.saver else None)
+    restored = plan.saver.restore(run, regroup=regroup) if plan.saver else None
+    _tell_regrouped(restored)
+    plan.rows.resume(run, is_restored=restored is not None)
+
+
+def _start_anew(checkpoints: Checkpoints | None) -> None:
+    """Moves what an earlier run left out of the way."""
+    if checkpoints is None:
+        raise FitError("fresh=True starts anew where there are checkpoints: give checkpoints=, or leave it out")
+    if (aside := checkpoints.start_anew()) is not None and jax.process_index() == 0:
+        if (log := checkpoints.directory / _LOG).exists():
+            log.rename(aside / _LOG)
+        print(f"a new run begins; what was in {checkpoints.directory} is kept in {aside}")
 
 
 def _go_through(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) -> None:

@@ -60,7 +60,7 @@ EVENTS = {"open", "os.mkdir", "os.remove", "os.rename", "shutil.rmtree"}
 
 
 def event_text(event, arguments):
-    """An audit event as text: 'os.rename /runs/12 /runs/.removed-12', 'run.evaluating'."""
+    """An audit event as text: 'os.rename /runs/12 /runs/12.corrupt', 'run.evaluating'."""
     is_told = int if event.startswith("run.") else str | os.PathLike  # Of files, the paths.
     return " ".join([event, *(str(each) for each in arguments if isinstance(each, is_told))])
 

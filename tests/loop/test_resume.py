@@ -34,9 +34,11 @@ BEFORE_THE_FIRST_FILE = r"os.mkdir \S+/[\d+~]+\.orbax-checkpoint-tmp$"
 BEFORE_THE_COMMIT = r"os.rename \S+-tmp \S+/[\d+~]+$"
 BEFORE_THE_MANIFEST = r"open \S+\.manifest\.json\.tmp"
 WITHIN_THE_MANIFEST = r"os.rename \S+\.manifest\.json\.tmp"
-BEFORE_RETENTION = r"os.remove \S+\.manifest\.json$"
-UNLINKED = r"os.rename \S+ \S+/\.removed-"
-RENAMED = r"shutil.rmtree \S+/\.removed-"
+WRITTEN = r"os.rename \S+/written/[\d+~]+ "
+PUBLISHED = r"os.rename \S+/written/\S+\.manifest\.json \S+/\d+"
+BEFORE_RETENTION = r"os.rename \S+ \S+/removed/\S+\.manifest\.json$"
+UNLINKED = r"os.rename \S+ \S+/removed/[\d+~]+$"
+RENAMED = r"shutil.rmtree \S+/removed/"
 WITHIN_REMOVAL = r"os.remove [^/]+$"
 LOG_IS_CUT = r"os.rename \S+/log\.jsonl\.tmp"
 
@@ -151,7 +153,8 @@ def test_a_run_killed_at_random_ends_with_the_same_bits(start, uninterrupted, tm
     [
         ("windows", [
             (TRACING, 1), (READING, 5), (SAVING, 1), (BEFORE_THE_FIRST_FILE, 2), (BEFORE_THE_COMMIT, 2),
-            (LOG_IS_CUT, 1), (BEFORE_THE_MANIFEST, 2), (WITHIN_THE_MANIFEST, 2), (EVALUATING, 2), (ENDED, 1),
+            (LOG_IS_CUT, 1), (BEFORE_THE_MANIFEST, 2), (WITHIN_THE_MANIFEST, 2), (WRITTEN, 2), (EVALUATING, 2),
+            (PUBLISHED, 2), (ENDED, 1),
         ]),
         ("epochs", [
             (EVALUATING, 2), (BEFORE_RETENTION, 3), (UNLINKED, 2), (RENAMED, 4), (WITHIN_REMOVAL, 5), (READING, 6),

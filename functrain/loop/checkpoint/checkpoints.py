@@ -12,15 +12,17 @@ from typing import Any, Literal, Self
 import jax
 
 from functrain.errors import CheckpointError, SaveError
-from functrain.loop.checkpoint import manifest
 from functrain.loop.checkpoint.asked import Asked
 from functrain.loop.checkpoint.contents import Beside, Contents
+from functrain.loop.checkpoint.finding import Finder
 from functrain.loop.checkpoint.folder import Folder
+from functrain.loop.checkpoint.housekeeping import move_all, retain, set_aside
 from functrain.loop.checkpoint.leaves import named_leaves
 from functrain.loop.checkpoint.lock import Lock
-from functrain.loop.checkpoint.processes import agreed
-from functrain.loop.checkpoint.reading import Restored, read
+from functrain.loop.checkpoint.processes import found_by_first
+from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.checkpoint.retention import Retention
+from functrain.loop.checkpoint.staging import Staging
 from functrain.loop.checkpoint.storage import Storage
 from functrain.loop.checkpoint.writer import Writer
 from functrain.loop.every import Every
@@ -46,9 +48,10 @@ class Checkpoints:
 
     A checkpoint is a folder named by its step, "120", or "120+3" for three batches pending in a window, with a number
     behind a "~" where an older one of that step is there, and with a manifest of checksums beside it, which is written
-    last. On restore the checksums are verified: a damaged checkpoint is renamed to "120.corrupt", with a warning, and
-    the newest sound one is used. One process at a time may write to a folder (or the processes of one `jax.distributed`
-    run). Close it, as `with` does: a save that is still going on when a program ends without that is lost.
+    last, when all else is on the disk. On restore the checksums are verified: a damaged checkpoint is renamed to
+    "120.corrupt", with a warning, and the newest sound one is used. What is in the folder besides is left alone,
+    whatever its name. One process at a time may write to a folder (or the processes of one `jax.distributed` run).
+    Close it, as `with` does: a save that is still going on when a program ends without that is lost.
 
     Args:
       directory: a folder on a local or mounted file system; it is made.
@@ -57,6 +60,7 @@ class Checkpoints:
       keep_best: a metric, such as "valid/loss", of which the best checkpoint is kept too; NaN is never best.
       mode: "min" if smaller is better, "max" if larger.
       asynchronous: False to have `save` return when all is on disk.
+      lock: False on a file system without locks, where you see to it that one process writes at a time.
 
     Raises:
       CheckpointError: a directory that is an address of remote storage, or an option that is none of these.
@@ -71,6 +75,7 @@ class Checkpoints:
         keep_best: str | None = None,
         mode: Literal["min", "max"] = "min",
         asynchronous: bool = True,
+        lock: bool = True,
     ) -> None:
         if _ADDRESS.fullmatch(os.fspath(directory)):  # A Path has made one slash of two.
             raise CheckpointError(f"{os.fspath(directory)!r} is no folder: mount the storage, and give the path there")
@@ -78,8 +83,9 @@ class Checkpoints:
         self.every = every or Every(epochs=1)
         self.retention = Retention(keep_last, keep_best, mode)
         self._asynchronous = asynchronous
-        self._folder, self._lock, self._storage = Folder(self.directory), Lock(self.directory), Storage()
-        self._writer = Writer(self._storage)
+        self._folder, self._lock = Folder(self.directory), Lock(self.directory, wanted=lock)
+        self._staging, self._storage = Staging(self.directory), Storage()
+        self._writer = Writer(self._storage, self._staging)
 
     # Writing.
 
@@ -105,14 +111,14 @@ class Checkpoints:
         with contextlib.suppress(SaveError):
             self.wait()
         beside = Beside.of(data, metrics, extra)
-        name = agreed(self._folder.next_name(state, beside.checksum) if jax.process_index() == 0 else None)
+        name = found_by_first(lambda: self._folder.next_name(state, beside.checksum))
         if name is None:
             return
         if self._writer.failure is not None:
             warnings.warn(f"{self._writer.failure}; saving again now", stacklevel=2)
         leaves = named_leaves(state)
         self._writer.write(
-            self.directory / name,
+            name,
             leaves,
             Contents.of(state, leaves, beside),
             summary={
@@ -121,7 +127,7 @@ class Checkpoints:
                 "metrics": beside.metrics,
                 "time": time.time(),
             },
-            then=self._retain,
+            then=lambda newest: retain(self._folder, self._staging, self.retention, newest),
         )
         if not self._asynchronous:
             self.wait()
@@ -144,8 +150,13 @@ class Checkpoints:
         if self._writer.is_running:
             return
         if jax.process_index() == 0:
-            self._lock.acquire()
-            manifest.clear(self.directory)
+            try:
+                self._folder.make()
+                self._lock.acquire()
+                self._staging.open()
+            except OSError as error:
+                self._lock.release()
+                raise SaveError(f"the folder of checkpoints {self.directory} can't be written to: {error}") from error
         self._writer.start()
 
     def close(self) -> None:
@@ -187,8 +198,15 @@ class Checkpoints:
             return False
         with contextlib.suppress(SaveError):
             self.wait()
-        is_best = jax.process_index() == 0 and self.retention.is_best(metrics, self._folder.metrics())
-        return agreed("it is" if is_best else None) is not None
+
+        def found() -> str | None:
+            try:
+                return "it is" if self.retention.is_best(metrics, self._folder.metrics()) else None
+            except CheckpointError as error:
+                warnings.warn(f"{dict(metrics)} are taken for the best: {error}", stacklevel=4)
+                return "it may be"
+
+        return found_by_first(found) is not None
 
     def restore(self, like: TrainState, *, step: int | Path | None = None, regroup: bool = False) -> Restored | None:
         """Reads the newest sound checkpoint; a save that is going on is waited for.
@@ -209,62 +227,46 @@ class Checkpoints:
         """
         with contextlib.suppress(SaveError):  # The next save tells.
             self.wait()
-        asked = Asked.of(like)
-        for checkpoint in self._folder.newest_first() if step is None else [self._folder.asked_for(step)]:
-            found = self._sound(checkpoint, asked, regroup)
-            if isinstance(found, Restored):
-                return found
-            if step is not None:
-                raise CheckpointError(
-                    f"the checkpoint {checkpoint} is damaged: {found}; restore another of {self._folder.names()}"
-                )
-            self._set_aside(checkpoint, found)
-        return None
-
-    def _sound(self, checkpoint: Path, asked: Asked, regroup: bool) -> Restored | str:
-        """What a checkpoint holds, or if it is damaged, in which way."""
-        if problem := agreed(manifest.damage(checkpoint) if jax.process_index() == 0 else None):
-            return problem
-        is_verified = manifest.path_of(checkpoint).exists()
+        finder = Finder(self._folder, self._storage, self._set_aside)
         try:
-            restored = read(self._storage, checkpoint, asked, regroup=regroup)
-        except CheckpointError:
-            raise
-        except Exception as error:
-            if is_verified:
-                raise
-            return f"it has no manifest, and cannot be read: {error}"
-        if not is_verified:
-            warnings.warn(f"the checkpoint {checkpoint} is unverified: it has no manifest of checksums", stacklevel=3)
-        return restored
+            return finder.restored(Asked.of(like), step, regroup=regroup)
+        finally:
+            if not self._writer.is_running:
+                self._storage.close()
+            for text in finder.told:
+                warnings.warn(text, stacklevel=2)
+
+    def start_anew(self) -> Path | None:
+        """Moves all checkpoints, damaged ones too, to a folder "before-1", so that the next run is a new one.
+
+        Returns:
+          That folder; None if there was nothing to move.
+
+        Raises:
+          CheckpointError: another process writes to the folder, or it can't be read.
+          SaveError: it can't be written to.
+        """
+        with contextlib.suppress(SaveError):
+            self.wait()
+        self.open()
+        name = found_by_first(lambda: move_all(self._folder))
+        return None if name is None else self.directory / name
 
     # The folder.
 
-    def _retain(self, newest: Path) -> None:
-        """Removes what is no longer kept."""
-        kept = self.retention.kept(self._folder.metrics()) | {newest.name}
-        for checkpoint in self.steps():
-            if checkpoint.name not in kept:
-                try:
-                    manifest.remove(checkpoint)
-                except OSError as error:
-                    warnings.warn(f"the checkpoint {checkpoint} could not be removed: {error}", stacklevel=2)
-
-    def _set_aside(self, checkpoint: Path, problem: str) -> None:
-        is_reader = not self._writer.is_running
-        with contextlib.suppress(CheckpointError, SaveError):
+    def _set_aside(self, checkpoint: Path) -> str:
+        """Renames a damaged checkpoint, where nobody else writes; returns what it is called now."""
+        is_reader, name = not self._writer.is_running, checkpoint.name
+        with contextlib.suppress(CheckpointError, SaveError, OSError):
             self.open()
-        name = manifest.set_aside(checkpoint).name if self._lock.is_held else checkpoint.name
-        agreed(None)
+            name = set_aside(checkpoint).name
         if is_reader:
             self._release()
-        warnings.warn(
-            f"THE CHECKPOINT {checkpoint} IS DAMAGED and is not used: {problem}. What is left of it is kept as"
-            f" {name!r}; training goes on from an older one",
-            stacklevel=3,
-        )
+        return name
 
     def _release(self) -> None:
         self._writer.stop()
         self._storage.close()
+        if self._lock.is_held:
+            self._staging.close()
         self._lock.release()

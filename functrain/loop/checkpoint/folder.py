@@ -1,17 +1,21 @@
-"""A folder of checkpoints: their names, their order in time, and what their manifests say."""
+"""A folder of checkpoints: which they are, their names and order in time, and what their manifests say."""
 
 import contextlib
 import json
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from functrain.errors import CheckpointError
+from functrain.errors import CheckpointError, SaveError
 from functrain.loop.checkpoint import manifest
+from functrain.loop.checkpoint.durable import insisted
 from functrain.loop.checkpoint.storage import contents_file
 from functrain.update.state import TrainState
 
 _NAME = re.compile(r"(\d+)(?:\+(\d+))?(?:~(\d+))?")
+_CORRUPT = re.compile(rf"({_NAME.pattern})(\.corrupt\d*)?")
 
 
 class Name(NamedTuple):
@@ -28,9 +32,9 @@ class Name(NamedTuple):
     pending: int
 
     @classmethod
-    def of(cls, checkpoint: Path) -> "Name | None":
+    def of(cls, name: str) -> "Name | None":
         """The name of a folder; None if it is none of a checkpoint."""
-        match = _NAME.fullmatch(checkpoint.name)
+        match = _NAME.fullmatch(name)
         if match is None:
             return None
         step, pending, batches = (int(number or 0) for number in match.groups())
@@ -41,22 +45,72 @@ class Name(NamedTuple):
         return f"{self.step}{pending}" + (f"~{self.batches}" if self.batches else "")
 
 
+class Entry(NamedTuple):
+    """A checkpoint in a folder, which by more than its name is one of ours.
+
+    Attributes:
+      path: its folder, which may be missing.
+      is_there: whether it is not.
+      is_verified: whether there is a manifest of it, damaged or not.
+      metrics: that were saved with it.
+      batches: seen before it; None where its manifest does not say it.
+      content: what tells it from another one of the same state; None where its manifest does not say it.
+    """
+
+    path: Path
+    is_there: bool
+    is_verified: bool
+    metrics: dict[str, float]
+    batches: int | None = None
+    content: int | None = None
+
+
 class Folder:
-    """The checkpoints in a directory, as far as their names and manifests tell."""
+    """The checkpoints in a directory.
+
+    A folder is one if there is a manifest of it, or if it holds what is in every checkpoint. What is only called as
+    one is somebody else's.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._is_made = False
+
+    def make(self) -> None:
+        """Makes the directory, which from here on is there.
+
+        Raises:
+          OSError: it can't be made.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._is_made = True
+
+    def entries(self) -> list[Entry]:
+        """The checkpoints, oldest first.
+
+        Raises:
+          CheckpointError: the directory can't be read.
+        """
+        return self._entries(self._listed())
 
     def checkpoints(self) -> list[Path]:
         """Their folders, oldest first."""
-        return sorted(self._named(), key=self._named().__getitem__)
+        return [entry.path for entry in self.entries() if entry.is_there]
 
-    def newest_first(self) -> list[Path]:
-        """Every checkpoint, and those of which only the manifest is left."""
-        suffix = manifest.path_of(Path("N")).name.removeprefix("N")
-        of_manifests = {path.with_name(path.name.removesuffix(suffix)) for path in self.directory.glob(f"*{suffix}")}
-        named = self._named() | {path: name for path in of_manifests if (name := Name.of(path))}
-        return sorted(named, key=named.__getitem__, reverse=True)
+    def names(self) -> str:
+        """What the checkpoints are called, for a message."""
+        return ", ".join(path.name for path in self.checkpoints()) or "none"
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """The metrics of each checkpoint by its name, oldest first."""
+        return {entry.path.name: entry.metrics for entry in self.entries() if entry.is_there}
+
+    def corrupt(self) -> list[str]:
+        """The names of those that were damaged and set aside, and of those of which a damaged manifest is left."""
+        listed = self._listed()
+        ours = {entry.path.name for entry in self._entries(listed)}
+        stems = {name.removesuffix(manifest.SUFFIX) for name in listed} - ours
+        return sorted(stem for stem in stems if _CORRUPT.fullmatch(stem) and self._is_ours(stem, listed))
 
     def asked_for(self, step: int | Path) -> Path:
         """The folder of a step.
@@ -66,45 +120,93 @@ class Folder:
         """
         if isinstance(step, Path):
             return step.absolute()
-        found = [path for path in self.newest_first() if path.name.split("~")[0] == str(step)]
+        found = [entry.path for entry in self.entries() if entry.path.name.split("~")[0] == str(step)]
         if not found:
             raise CheckpointError(
                 f"there is no checkpoint of step {step} in {self.directory}: there are {self.names()}"
             )
-        return found[0]
-
-    def names(self) -> str:
-        """What the checkpoints are called, for a message."""
-        return ", ".join(path.name for path in self.checkpoints()) or "none"
-
-    def metrics(self) -> dict[str, dict[str, float]]:
-        """The metrics of each checkpoint by its name, oldest first."""
-        return {path.name: self._summary(path).get("metrics", {}) for path in self.checkpoints()}
+        return found[-1]
 
     def next_name(self, state: TrainState, content: int) -> str | None:
-        """What to name a checkpoint, so that it is the last of its step; None if it is there already."""
+        """What to name a checkpoint, so that it is the last of its step; None if it is there already.
+
+        Raises:
+          SaveError: it can't be told.
+        """
         step, batches, pending = int(state.step), int(state.batches), int(state.pending)
-        others = {path: name for path, name in self._named().items() if name.step == step}
-        for path, name in others.items():
-            summary = self._summary(path)
-            if (name.pending, summary.get("batches"), summary.get("content")) == (pending, batches, content):
-                return None  # One without a manifest has no "content", and is written again.
+        try:
+            listed = self._listed()
+            entries = self._entries(listed)
+        except CheckpointError as error:
+            raise SaveError(f"the checkpoint of step {step} could not be written: {error}") from error
+        others = []
+        for entry in entries:
+            name = Name.of(entry.path.name)
+            if name is None or name.step != step:
+                continue
+            others.append(name)
+            if entry.is_there and (name.pending, entry.batches, entry.content) == (pending, batches, content):
+                return None
         # A window that was dropped ends no step; nor does an epoch, after which there are results of the same state.
-        last = max(others.values(), default=Name(step, 0, -1))
-        plain = Name(step, 0, pending)
-        return str(plain if plain > last else plain._replace(batches=max(batches, last.batches + 1)))
+        last = max(others, default=Name(step, 0, -1))
+        name = Name(step, 0, pending)
+        if name <= last:
+            name = name._replace(batches=max(batches, last.batches + 1))
+        while {str(name), manifest.path_of(Path(str(name))).name} & listed.keys():  # Somebody else's.
+            name = name._replace(batches=max(batches, name.batches + 1))
+        return str(name)
 
-    def _named(self) -> dict[Path, Name]:
-        """The folders that are checkpoints by their names."""
-        if not self.directory.is_dir():
-            return {}
-        return {path: name for path in self.directory.iterdir() if (name := Name.of(path))}
+    def _listed(self) -> dict[str, bool]:
+        """The names in the directory, and whether each is a folder."""
 
-    def _summary(self, checkpoint: Path) -> dict[str, Any]:
-        """What the manifest says of a checkpoint, or where a killed process wrote none, what it holds itself."""
-        with contextlib.suppress(ValueError, OSError, KeyError):
-            found = manifest.load(checkpoint)
-            if found is None:
-                return dict(json.loads(contents_file(checkpoint).read_bytes())["beside"])
-            return found
-        return {}
+        def listed() -> dict[str, bool]:
+            with os.scandir(self.directory) as found:
+                return {each.name: each.is_dir() for each in found}
+
+        try:
+            return insisted(listed)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not self._is_made:
+                return {}
+            raise self._unreadable(error) from error
+
+    def _entries(self, listed: Mapping[str, bool]) -> list[Entry]:
+        stems = {name.removesuffix(manifest.SUFFIX) for name in listed}
+        named = {stem: name for stem in stems if (name := Name.of(stem))}
+        try:
+            found = [self._entry(stem, listed) for stem in sorted(named, key=named.__getitem__)]
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return [entry for entry in found if entry is not None]
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"the folder of checkpoints {self.directory} can't be read: {error}; mend that, and start again"
+        )
+
+    def _entry(self, name: str, listed: Mapping[str, bool]) -> Entry | None:
+        path, is_there = self.directory / name, listed.get(name, False)
+        is_verified = f"{name}{manifest.SUFFIX}" in listed
+        with contextlib.suppress(ValueError, OSError):
+            if is_verified and (said := insisted(lambda: manifest.load(path))) is not None:
+                return Entry(path, is_there, is_verified, said["metrics"], said["batches"], said["content"])
+        if is_there and _has_contents(path):
+            return Entry(path, is_there, is_verified, {} if is_verified else _metrics(path))
+        return None
+
+    def _is_ours(self, name: str, listed: Mapping[str, bool]) -> bool:
+        path = self.directory / name
+        is_manifest = f"{name}{manifest.SUFFIX}" in listed and insisted(lambda: manifest.was_one(path))
+        return is_manifest or (listed.get(name, False) and _has_contents(path))
+
+
+def _has_contents(checkpoint: Path) -> bool:
+    return insisted(contents_file(checkpoint).exists)
+
+
+def _metrics(checkpoint: Path) -> dict[str, float]:
+    """The metrics of a checkpoint that has no manifest to say them."""
+    with contextlib.suppress(ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError):
+        metrics = json.loads(contents_file(checkpoint).read_bytes())["beside"]["metrics"]
+        return {name: float(value) for name, value in metrics.items()}
+    return {}

@@ -2,8 +2,6 @@
 
 import contextlib
 import math
-import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ import jax.numpy as jnp
 from functrain.loop.checkpoint.contents import Contents
 from functrain.loop.checkpoint.leaves import shape_dtype
 from functrain.loop.checkpoint.placement import owned, to_read, to_write
+from functrain.loop.checkpoint.plain import PlainPaths
 
 _ARRAYS, _CONTENTS = "state", "facts"
-_TRIES, _PAUSE = 20, 0.02  # Seconds.
 
 
 def contents_file(checkpoint: Path) -> Path:
@@ -29,6 +27,7 @@ class Storage:
 
     def __init__(self) -> None:
         self._orbax: Any = None
+        self._plain = PlainPaths()
         self._spare: dict[str, jax.Array] = {}
 
     def write(self, checkpoint: Path, leaves: Mapping[str, Any], contents: Contents) -> None:
@@ -39,7 +38,7 @@ class Storage:
         filled = {name: leaf for name, leaf in leaves.items() if jnp.size(leaf)}
         filled, self._spare = to_write(filled, self._spare)
         items = {_ARRAYS: ocp.args.PyTreeSave(filled), _CONTENTS: ocp.args.JsonSave(contents.to_json())}
-        self._checkpointer().save(checkpoint, args=ocp.args.Composite(**items))
+        self._checkpointer().save(self._plain.of(checkpoint), args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
         """Returns when all is written; raises what went wrong in the background."""
@@ -55,7 +54,7 @@ class Storage:
         import orbax.checkpoint as ocp
 
         args = ocp.args.Composite(**{_CONTENTS: ocp.args.JsonRestore()})
-        return Contents.from_json(self._checkpointer().restore(checkpoint, args=args)[_CONTENTS], checkpoint)
+        return Contents.from_json(self._read(checkpoint, args)[_CONTENTS], checkpoint)
 
     def leaves(self, checkpoint: Path, specs: Mapping[str, str], places: Mapping[str, Any]) -> dict[str, Any]:
         """The arrays of a checkpoint, each where its place says."""
@@ -65,26 +64,28 @@ class Storage:
         targets = {name: to_read(name, specs[name], places[name]) for name in specs if name not in empty}
         restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
         args = ocp.args.Composite(**{_ARRAYS: ocp.args.PyTreeRestore(targets, restore_args=restore_args)})
-        read = self._checkpointer().restore(checkpoint, args=args)[_ARRAYS]
+        read = self._read(checkpoint, args)[_ARRAYS]
         leaves = {name: owned(leaf, places[name]) for name, leaf in read.items()}
         return leaves | {name: jax.device_put(jnp.zeros(*shape_dtype(specs[name])), places[name]) for name in empty}
 
-    def give_up(self, checkpoint: Path) -> None:
-        """Forgets a write that failed, and removes what there is of it."""
+    def give_up(self) -> None:
+        """Forgets a write that failed."""
         # An Orbax checkpointer that failed reports it again, and loses the next save.
         broken, self._orbax = self._orbax, None
         self._spare = {}
         if broken is not None:
             with contextlib.suppress(Exception):
                 broken.close()
-        if jax.process_index() == 0:
-            _remove_unfinished(checkpoint)
 
     def close(self) -> None:
         """Gives back threads and memory; it may be used again."""
         if self._orbax is not None:
             self._orbax.close()
         self._orbax, self._spare = None, {}
+        self._plain.close()
+
+    def _read(self, checkpoint: Path, args: Any) -> Any:
+        return self._checkpointer().restore(self._plain.of(checkpoint), args=args)
 
     def _checkpointer(self) -> Any:
         if self._orbax is None:
@@ -95,14 +96,3 @@ class Storage:
             handlers = {_ARRAYS: arrays, _CONTENTS: ocp.JsonCheckpointHandler()}
             self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
         return self._orbax
-
-
-def _remove_unfinished(checkpoint: Path) -> None:
-    """Removes what there is of a checkpoint, also where threads of a failed write still add to it for a moment."""
-    for _ in range(_TRIES):
-        left = [*checkpoint.parent.glob(f"{checkpoint.name}.orbax-checkpoint-tmp*")]
-        if not left:
-            return
-        for folder in left:
-            shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(_PAUSE)

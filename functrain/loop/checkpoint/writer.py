@@ -1,15 +1,15 @@
 """Checkpoints written one after the other while training goes on."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from functrain.errors import SaveError
-from functrain.loop.checkpoint import manifest
 from functrain.loop.checkpoint.contents import Contents
+from functrain.loop.checkpoint.staging import Staging
 from functrain.loop.checkpoint.storage import Storage
 
 
@@ -20,9 +20,9 @@ class Writer:
       failure: what the last write failed with; None where it did not.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, staging: Staging) -> None:
         self.failure: SaveError | None = None
-        self._storage = storage
+        self._storage, self._staging = storage, staging
         self._thread: ThreadPoolExecutor | None = None
         self._finishing: Future[None] | None = None
 
@@ -37,17 +37,17 @@ class Writer:
 
     def write(
         self,
-        checkpoint: Path,
+        name: str,
         leaves: Mapping[str, Any],
         contents: Contents,
         *,
         summary: Mapping[str, Any],
-        then: Callable[[Path], None],
+        then: Callable[[str], None],
     ) -> None:
         """Starts to write a checkpoint, and returns when its leaves may be overwritten.
 
         Args:
-          checkpoint: its folder.
+          name: what it is called.
           leaves: by name.
           contents: what is beside them.
           summary: for the manifest, which process 0 writes when all is there.
@@ -58,10 +58,10 @@ class Writer:
         """
         assert self._thread is not None
         try:
-            self._storage.write(checkpoint, leaves, contents)
+            self._storage.write(self._staging.place(name), leaves, contents)
         except Exception as error:
-            raise self._failed(checkpoint, error) from error
-        self._finishing = self._thread.submit(self._finish, checkpoint, summary, then)
+            raise self._failed(name, error) from error
+        self._finishing = self._thread.submit(self._finish, name, summary, then)
 
     def wait(self) -> None:
         """Returns when the last checkpoint is on disk.
@@ -70,8 +70,8 @@ class Writer:
           SaveError: it failed.
         """
         if self._finishing is not None:
-            self._finishing.result()
-            self._finishing = None
+            finishing, self._finishing = self._finishing, None
+            finishing.result()
         if self.failure is not None:
             raise self.failure
 
@@ -81,22 +81,28 @@ class Writer:
             self._thread.shutdown()
         self._thread = None
 
-    def _finish(self, checkpoint: Path, summary: Mapping[str, Any], then: Callable[[Path], None]) -> None:
+    def _finish(self, name: str, summary: Mapping[str, Any], then: Callable[[str], None]) -> None:
         try:
             self._storage.wait()
             if jax.process_index() == 0:
-                manifest.publish(checkpoint, summary)
+                self._staging.publish(name, summary)
         except Exception as error:
-            self._failed(checkpoint, error)
+            self._failed(name, error)
             return
         self.failure = None
         if jax.process_index() == 0:
-            then(checkpoint)
+            try:
+                then(name)
+            except Exception as error:
+                warnings.warn(f"{self._staging.directory / name} is written, but: {error}", stacklevel=2)
 
-    def _failed(self, checkpoint: Path, error: Exception) -> SaveError:
+    def _failed(self, name: str, error: Exception) -> SaveError:
+        path = self._staging.directory / name
         self.failure = SaveError(
-            f"the checkpoint {checkpoint} could not be written: {type(error).__name__}: {error}; the one before it is"
-            " whole, make room or mend the folder, the next save is tried as ever"
+            f"the checkpoint {path} could not be written: {type(error).__name__}: {error}; the one before it is whole,"
+            " make room or mend the folder, the next save is tried as ever"
         )
-        self._storage.give_up(checkpoint)
+        self._storage.give_up()
+        if jax.process_index() == 0:
+            self._staging.clear()
         return self.failure

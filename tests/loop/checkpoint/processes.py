@@ -9,7 +9,7 @@ import warm
 ROOT = pathlib.Path(__file__).parents[3]
 
 PRELUDE = """
-    import contextlib, json, os, pathlib, resource, sys, warnings
+    import contextlib, json, os, pathlib, resource, sys, time, warnings
     import jax, jax.numpy as jnp, numpy as np, optax
     jax.config.update("jax_platforms", "cpu")
     import functrain as ft

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from states import KEY, squares
+from states import KEY, SUMMARY, squares
 from trees import says
 
 import functrain as ft
@@ -145,7 +145,7 @@ def test_another_format_is_an_error_that_says_which_version_reads_it(tmp_path, n
     if number == 1:  # It had no number.
         del contents["format"]
     written.write_text(json.dumps(contents))
-    manifest.publish(tmp_path / "0", {})
+    manifest.write(tmp_path / "0", SUMMARY)
     told = rf"written by functrain 0\.9\.9 in format {number}.*go on with functrain 0\.9\.9"
     with pytest.raises(ft.CheckpointError, match=told):
         ft.Checkpoints(tmp_path).restore(like=update.abstract(params))

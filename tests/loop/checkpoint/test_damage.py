@@ -1,13 +1,15 @@
 """A damaged checkpoint is never used, and is told."""
 
 import contextlib
+import json
 import os
 import pathlib
 import re
 import shutil
+import zlib
 
 import pytest
-from states import copied, everything, flip, like, names, updated
+from states import SUMMARY, at, copied, everything, flip, like, names, updated
 from trees import bits, says
 
 import functrain as ft
@@ -109,7 +111,7 @@ def test_a_folder_that_is_gone_is_missed_as_its_manifest_is_there(sound, tmp_pat
 def test_no_bit_of_a_manifest_can_flip_unseen(tmp_path):
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "weights").write_bytes(b"1234")
-    manifest.publish(tmp_path / "1", {"batches": 3, "metrics": {"valid/loss": 0.5}})
+    manifest.write(tmp_path / "1", SUMMARY)
     path, written = manifest.path_of(tmp_path / "1"), manifest.load(tmp_path / "1")
     for position in range(8 * path.stat().st_size):
         flipped = bytearray(path.read_bytes())
@@ -120,7 +122,16 @@ def test_no_bit_of_a_manifest_can_flip_unseen(tmp_path):
             assert manifest.load(tmp_path / "2") == written
 
 
-NO_MANIFESTS = [b"", b"[]", b"{}", b"null", b"\xff", b'{"body": 1, "crc32": 1}', b'{"body": "[]"}']
+def with_checksum(body):
+    return json.dumps({"body": body, "crc32": zlib.crc32(body.encode())}).encode()
+
+
+NO_MANIFESTS = [
+    b"", b"[]", b"{}", b"null", b"\xff", b'{"body": 1, "crc32": 1}', b'{"body": "[]"}', b"[" * 100_000,
+    with_checksum("[]"), with_checksum("{}"), with_checksum("[" * 100_000), with_checksum(json.dumps({"files": {}})),
+    with_checksum(json.dumps(SUMMARY | {"files": {"facts": 3}})),
+    with_checksum(json.dumps(SUMMARY | {"files": {}, "metrics": {"loss": []}})),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("content", NO_MANIFESTS)
@@ -131,9 +142,13 @@ def test_a_manifest_that_is_none_is_damage(sound, tmp_path, content):
         ft.Checkpoints(directory).restore(like=like(), step=2)
 
 
-def test_without_a_manifest_it_is_used_with_a_warning(sound, tmp_path):
+def test_without_a_manifest_it_is_used_with_a_warning_where_none_has_one_or_it_is_asked_for(sound, tmp_path):
     directory = copied(sound, tmp_path)
     manifest.path_of(directory / "2").unlink()
+    with pytest.warns(UserWarning, match=says("2 has no manifest", "not used", "verified is 1", "step=")) as caught:
+        assert ft.Checkpoints(directory).restore(like=like()).data == {"position": 1}
+    assert caught[0].filename == __file__
+    manifest.path_of(directory / "1").unlink()
     for step in (None, 2):
         with pytest.warns(UserWarning, match=says(str(directory / "2"), "is unverified")):
             restored = ft.Checkpoints(directory).restore(like=like(), step=step)
@@ -141,27 +156,66 @@ def test_without_a_manifest_it_is_used_with_a_warning(sound, tmp_path):
         assert bits(restored.state) == bits(updated(2)[2])
 
 
-@pytest.mark.parametrize("folder", ["facts", "state", "."])
-def test_without_a_manifest_and_unreadable_it_is_set_aside(sound, tmp_path, folder):
+def test_one_that_was_not_verified_is_not_in_the_way_of_those_that_are_saved_after_it(sound, tmp_path):
     directory = copied(sound, tmp_path)
     manifest.path_of(directory / "2").unlink()
-    empty(directory / "2" / folder)
-    with pytest.raises(CheckpointError, match=says("damaged")):
+    _, _, state = updated(2)
+    with ft.Checkpoints(directory, keep_last=2) as checkpoints:
+        checkpoints.save(state, data={"position": 2})
+        checkpoints.wait()
+        assert names(checkpoints) == ["1", "2", "2~2"]
+        checkpoints.save(at(3, state))
+        checkpoints.wait()
+        assert names(checkpoints) == ["2~2", "3"]
+
+
+def test_without_a_manifest_and_unreadable_it_is_damaged(sound, tmp_path):
+    directory = copied(sound, tmp_path)
+    manifest.path_of(directory / "2").unlink()
+    empty(directory / "2" / "state")
+    with pytest.raises(CheckpointError, match=says("2 is damaged: it has no manifest, and cannot be read")):
         ft.Checkpoints(directory).restore(like=like(), step=2)
-    with pytest.warns(UserWarning, match="IS DAMAGED"):
-        assert ft.Checkpoints(directory).restore(like=like()).path == directory / "1"
+    shutil.rmtree(directory / "1")
+    manifest.path_of(directory / "1").unlink()
+    with (
+        pytest.warns(UserWarning, match="IS DAMAGED"),
+        pytest.raises(CheckpointError, match=says("is sound", "2: it has no manifest, and cannot be read")),
+    ):
+        ft.Checkpoints(directory).restore(like=like())
     assert (directory / "2.corrupt").is_dir()
 
 
-def test_where_all_are_damaged_nothing_is_restored_and_each_is_told(sound, tmp_path):
+def test_where_none_is_sound_that_is_an_error_until_the_run_is_started_anew(sound, tmp_path):
     directory = copied(sound, tmp_path)
     for step in "12":
         flip(directory / step / "facts" / "metadata")
-    with pytest.warns(UserWarning, match="IS DAMAGED") as caught:
-        assert ft.Checkpoints(directory).restore(like=like()) is None
+    before = everything(directory)
+    with (
+        pytest.warns(UserWarning, match="IS DAMAGED") as caught,
+        pytest.raises(CheckpointError, match=says("no checkpoint in", "\n  2: '", "\n  1: '", "fresh=True")),
+    ):
+        ft.Checkpoints(directory).restore(like=like())
     assert all(str(directory / step) in str(warning.message) for step, warning in zip("21", caught, strict=True))
     kept = {f"{step}.corrupt{suffix}" for step in "12" for suffix in ("", ".manifest.json")}
     assert set(os.listdir(directory)) == kept | {".lock"}
+    with pytest.raises(CheckpointError, match=says("no checkpoint in", "\n  1.corrupt\n  2.corrupt\n")):
+        ft.Checkpoints(directory).restore(like=like())
+    with ft.Checkpoints(directory) as checkpoints:
+        assert checkpoints.start_anew() == directory / "before-1"
+        assert checkpoints.start_anew() is None
+        assert checkpoints.restore(like=like()) is None
+        checkpoints.save(updated(1)[2])
+    aside = {path.replace(".corrupt", ""): content for path, content in everything(directory / "before-1").items()}
+    assert aside | {".lock": b""} == before, "something was deleted"
+    with ft.Checkpoints(directory) as checkpoints:
+        assert checkpoints.start_anew() == directory / "before-2"
+    assert set(os.listdir(directory)) == {".lock", "before-1", "before-2"}
+
+
+def test_a_manifest_without_a_word_that_can_be_read_and_without_a_folder_is_still_one_that_was(tmp_path):
+    (tmp_path / "7.manifest.json").write_bytes(bytes(100))
+    with pytest.raises(CheckpointError, match=says("no checkpoint in", "\n  7\n")):
+        ft.Checkpoints(tmp_path).restore(like=like())
 
 
 def test_damaged_ones_of_one_name_are_kept_side_by_side(sound, tmp_path):

@@ -1,14 +1,13 @@
 """A folder of checkpoints: which survive, which is best, and what they are called."""
 
 import math
-import os
 import pathlib
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from states import at, batch_of, everything, names, one_part, saved, simple, updated
+from states import at, batch_of, everything, like, names, one_part, saved, simple, updated
 from trees import bits, says
 
 import functrain as ft
@@ -131,9 +130,9 @@ def test_the_same_step_twice_is_written_once(tmp_path):
         for _ in range(2):
             checkpoints.save(state, data={"position": 1}, metrics={"loss": 1.0}, extra=b"more")
         checkpoints.wait()
-        written = everything(tmp_path)
+        written = everything(tmp_path / "1")
         checkpoints.save(state, data={"position": 1}, metrics={"loss": 1.0}, extra=b"more")
-    assert everything(tmp_path) == written
+    assert everything(tmp_path / "1") == written
     assert names(checkpoints) == ["1"]
 
 
@@ -166,12 +165,84 @@ def test_a_step_that_is_not_there(tmp_path, monkeypatch):
 
 
 def test_what_is_no_checkpoint_is_left_alone(tmp_path):
-    for name in ("log", "1.corrupt", "best", "01x", "1+", "~1"):
+    """Whatever its name: only a manifest, or what is in every checkpoint, says that one is ours."""
+    theirs = [
+        "log",
+        "1.corrupt",
+        "best",
+        "01x",
+        "1+",
+        "~1",
+        "7",
+        "before-1",
+        "3.orbax-checkpoint-tmp",
+        "5",
+        ".removed-1",
+    ]
+    for name in theirs:
         (tmp_path / name).mkdir()
+        (tmp_path / name / "notes").write_text("mine")
+    (tmp_path / "2").mkdir()
+    (tmp_path / "6").write_text("mine")
+    (tmp_path / "9.manifest.json").write_text('{"mine": true}')
+    (tmp_path / "4").symlink_to("log")
+    before = everything(tmp_path)
     with ft.Checkpoints(tmp_path, keep_last=1) as checkpoints:
-        saved(checkpoints, [None] * 3, first=2)
-        assert names(checkpoints) == ["4"]
-    assert {"log", "1.corrupt", "best", "01x", "1+", "~1"} < set(os.listdir(tmp_path))
+        assert checkpoints.steps() == []
+        for step in range(1, 11):
+            checkpoints.save(at(step, updated(1)[2]))
+            checkpoints.wait()
+            restored = checkpoints.restore(like=like())
+            assert (int(restored.state.step), names(checkpoints)) == (step, [restored.path.name])
+            assert restored.path.name == (f"{step}~{step}" if step in (2, 4, 5, 6, 7, 9) else str(step))
+        checkpoints.start_anew()
+    after = everything(tmp_path)
+    assert {name: after[name] for name in before} == before
+
+
+def test_a_folder_of_runs_is_none_of_checkpoints(tmp_path):
+    """Each run has a folder of its own, `runs/0`; given `runs` by mistake, nothing of them is touched."""
+    for seed in "01":
+        with ft.Checkpoints(tmp_path / seed) as checkpoints:
+            checkpoints.save(updated(1)[2])
+    before = everything(tmp_path)
+    with ft.Checkpoints(tmp_path, keep_last=1) as checkpoints:
+        assert checkpoints.restore(like=like()) is None
+        for step in range(3):
+            checkpoints.save(at(step, updated(1)[2]))
+    after = everything(tmp_path)
+    assert {name: after[name] for name in before} == before
+
+
+AWKWARD = [
+    "layers=[64,64]",
+    "a*b?",
+    "back\\slash",
+    "100%",
+    "a#b",
+    "{x}",
+    "ü",
+    "new\nline",
+    "quote'\"",
+    "~",
+    "$HOME",
+    "s3:x",
+]
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("inner", [".", "run/checkpoints"])
+def test_any_name_of_a_folder_will_do(tmp_path, name, inner):
+    update, params, state = updated(1)
+    directory = tmp_path / name / inner
+    with ft.Checkpoints(directory, keep_last=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(at(step, state), data={"position": step})
+    with ft.Checkpoints(directory) as checkpoints:
+        restored = checkpoints.restore(like=update.abstract(params))
+        assert (restored.data, restored.path) == ({"position": 2}, (directory / "2").absolute())
+        assert bits(restored.state) == bits(at(2, state))
+    assert ft.Checkpoints(tmp_path).restore(like=state, step=directory / "2").data == {"position": 2}
 
 
 # Options.
