@@ -1,7 +1,7 @@
 """Orbax, as far as checkpoints need it: leaves by name, and what is beside them as JSON, in a folder."""
 
 import contextlib
-import math
+import itertools
 import shutil
 import time
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from functrain.loop.checkpoint.contents import Contents
 from functrain.loop.checkpoint.leaves import shape_dtype
-from functrain.loop.checkpoint.placement import owned, to_read, to_write
+from functrain.loop.checkpoint.packs import target, unpacked
+from functrain.loop.checkpoint.placement import Copy, owned, placed, to_read, to_write
 
 _ARRAYS, _CONTENTS = "state", "facts"
 _TRIES, _PAUSE = 20, 0.02  # Seconds.
@@ -29,16 +29,16 @@ class Storage:
 
     def __init__(self) -> None:
         self._orbax: Any = None
-        self._spare: dict[str, jax.Array] = {}
+        self._spare: dict[str, Copy] = {}
 
     def write(self, checkpoint: Path, leaves: Mapping[str, Any], contents: Contents) -> None:
         """Starts to write, and returns when the leaves may be overwritten."""
         import orbax.checkpoint as ocp
 
         # Orbax refuses empty leaves.
-        filled = {name: leaf for name, leaf in leaves.items() if jnp.size(leaf)}
-        filled, self._spare = to_write(filled, self._spare)
-        items = {_ARRAYS: ocp.args.PyTreeSave(filled), _CONTENTS: ocp.args.JsonSave(contents.to_json())}
+        filled = {name: leaf for name, leaf in leaves.items() if not _is_empty(contents.specs[name])}
+        arrays, self._spare = to_write(filled, contents.packs, self._spare)
+        items = {_ARRAYS: ocp.args.PyTreeSave(arrays), _CONTENTS: ocp.args.JsonSave(contents.to_json())}
         self._checkpointer().save(checkpoint, args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
@@ -57,17 +57,22 @@ class Storage:
         args = ocp.args.Composite(**{_CONTENTS: ocp.args.JsonRestore()})
         return Contents.from_json(self._checkpointer().restore(checkpoint, args=args)[_CONTENTS], checkpoint)
 
-    def leaves(self, checkpoint: Path, specs: Mapping[str, str], places: Mapping[str, Any]) -> dict[str, Any]:
-        """The arrays of a checkpoint, each where its place says."""
+    def leaves(self, checkpoint: Path, contents: Contents, places: Mapping[str, Any]) -> dict[str, Any]:
+        """The leaves of a checkpoint with these contents, each where its place says."""
         import orbax.checkpoint as ocp
 
-        empty = {name for name, spec in specs.items() if math.prod(shape_dtype(spec)[0]) == 0}
-        targets = {name: to_read(name, specs[name], places[name]) for name in specs if name not in empty}
+        specs, packs = contents.specs, contents.packs
+        empty = {name: [name] for name, spec in specs.items() if _is_empty(spec)}
+        on_host = {*empty, *itertools.chain(*packs.values())}
+        targets = {name: to_read(name, specs[name], places[name]) for name in specs if name not in on_host}
+        targets |= {pack: target(names, specs) for pack, names in packs.items()}
         restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
         args = ocp.args.Composite(**{_ARRAYS: ocp.args.PyTreeRestore(targets, restore_args=restore_args)})
         read = self._checkpointer().restore(checkpoint, args=args)[_ARRAYS]
-        leaves = {name: owned(leaf, places[name]) for name, leaf in read.items()}
-        return leaves | {name: jax.device_put(jnp.zeros(*shape_dtype(specs[name])), places[name]) for name in empty}
+        small = [unpacked(read.pop(pack), names, specs) for pack, names in packs.items()]
+        small += [unpacked(target(names, specs), names, specs) for names in empty.values()]
+        large = {name: owned(leaf, places[name]) for name, leaf in read.items()}
+        return large | placed(dict(itertools.chain(*map(dict.items, small))), specs, places)
 
     def give_up(self, checkpoint: Path) -> None:
         """Forgets a write that failed, and removes what there is of it."""
@@ -95,6 +100,10 @@ class Storage:
             handlers = {_ARRAYS: arrays, _CONTENTS: ocp.JsonCheckpointHandler()}
             self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
         return self._orbax
+
+
+def _is_empty(spec: str) -> bool:
+    return 0 in shape_dtype(spec)[0]
 
 
 def _remove_unfinished(checkpoint: Path) -> None:
