@@ -11,9 +11,11 @@ from typing import Any, Self
 
 from functrain.errors import CheckpointError
 from functrain.loop.checkpoint.leaves import WINDOW, leaf_spec, window_containers
+from functrain.loop.checkpoint.packs import packs_of
 from functrain.update.state import TrainState
 
-FORMAT = 2
+FORMAT = 3
+_READ = (2, FORMAT)  # In 2, every leaf is an array of its own.
 _PACKAGES = ("functrain", "jax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -55,6 +57,7 @@ class Contents:
       leaves: shape and dtype by name, of every leaf but those of a pending window, whose form follows from the rest.
       window: the containers of a pending window.
       window_leaves: shape and dtype of its leaves.
+      packs: the names of the leaves that are kept together, in their order, by the name of their pack.
       configuration: what the update was made of.
       beside: what the caller saved with the state.
       versions: of the packages that wrote it.
@@ -64,6 +67,7 @@ class Contents:
     leaves: dict[str, str]
     window: Any
     window_leaves: dict[str, str]
+    packs: dict[str, list[str]]
     configuration: dict[str, Any]
     beside: Beside
     versions: dict[str, str]
@@ -74,13 +78,14 @@ class Contents:
         """Describes a state, with its leaves by name.
 
         Raises:
-          CheckpointError: the metrics of a pending window have no names.
+          CheckpointError: the metrics of a pending window have no names, or a leaf can't be stored.
         """
         specs = {name: leaf_spec(leaf) for name, leaf in named.items()}
         return cls(
             leaves={name: spec for name, spec in specs.items() if not name.startswith(WINDOW)},
             window=window_containers(state.window),
             window_leaves={name: spec for name, spec in specs.items() if name.startswith(WINDOW)},
+            packs=packs_of(named, specs),
             configuration=json.loads(state.configuration),
             beside=beside,
             versions=_versions(),
@@ -93,7 +98,7 @@ class Contents:
 
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold."""
-        return dataclasses.asdict(self)
+        return vars(self) | {"beside": vars(self.beside)}
 
     @classmethod
     def from_json(cls, written: Mapping[str, Any], where: object) -> Self:
@@ -102,13 +107,14 @@ class Contents:
         Raises:
           CheckpointError: it was written in another format.
         """
-        if (number := written.get("format", 1)) != FORMAT:
+        if (number := written.get("format", 1)) not in _READ:
             by, here = written.get("versions", {}).get("functrain", "another version"), _versions()["functrain"]
             raise CheckpointError(
                 f"the checkpoint {where} was written by functrain {by} in format {number}; this is functrain {here},"
-                f" which reads format {FORMAT}: go on with functrain {by}, or start anew in another folder"
+                f" which reads formats {' and '.join(map(str, _READ))}: go on with functrain {by}, or start anew in"
+                " another folder"
             )
-        return cls(**{**written, "beside": Beside(**written["beside"])})
+        return cls(**{"packs": {}, **written, "beside": Beside(**written["beside"])})
 
 
 def _encoded(name: str, value: Any) -> Any:

@@ -1,7 +1,8 @@
 """The leaves of a state by name, and their shapes and dtypes as text."""
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from functrain.update.window import Window
 FIELDS = ("params", "opt_state", "model_state", "key", "scale_state", "step", "batches", "pending")
 COUNTERS = ("step", "batches", "pending")
 WINDOW = "window/"
+_IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
 def named_leaves(state: TrainState) -> dict[str, Any]:
@@ -33,9 +35,15 @@ def named_fields(state: TrainState) -> dict[str, Any]:
 
 def leaf_spec(leaf: Any) -> str:
     """Shape and dtype of a leaf as text: 'float32[3,4]'."""
-    return f"{leaf.dtype if hasattr(leaf, 'dtype') else jnp.result_type(leaf)}{list(jnp.shape(leaf))}".replace(" ", "")
+    return _spec(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf), jnp.shape(leaf))
 
 
+@functools.lru_cache(4096)  # Most leaves have the form of another one, and numpy takes long to name a dtype.
+def _spec(dtype: Any, shape: tuple[int, ...]) -> str:
+    return f"{dtype}{list(shape)}".replace(" ", "")
+
+
+@functools.lru_cache(4096)
 def shape_dtype(spec: str) -> tuple[tuple[int, ...], str]:
     """The inverse of `leaf_spec`.
 
@@ -44,6 +52,30 @@ def shape_dtype(spec: str) -> tuple[tuple[int, ...], str]:
     """
     dtype, _, sizes = spec.removesuffix("]").partition("[")
     return tuple(int(size) for size in sizes.split(",") if size), dtype
+
+
+class KeyKind(NamedTuple):
+    """A kind of random keys.
+
+    Attributes:
+      dtype: of arrays of them.
+      implementation: its name in JAX.
+      shape: of the uint32 that one of them consists of.
+    """
+
+    dtype: Any
+    implementation: str
+    shape: tuple[int, ...]
+
+
+@functools.cache
+def key_kinds() -> dict[str, KeyKind]:
+    """The kinds of random keys by the name of their dtype: 'key<fry>'."""
+    kinds = {}
+    for implementation in _IMPLEMENTATIONS:
+        key = jax.eval_shape(functools.partial(jax.random.key, 0, impl=implementation))
+        kinds[str(key.dtype)] = KeyKind(key.dtype, implementation, jax.eval_shape(jax.random.key_data, key).shape)
+    return kinds
 
 
 # A pending window. The form of its metrics is known to the loss function alone, so that it is saved with it.

@@ -50,7 +50,7 @@ def read(storage: Storage, checkpoint: Path, asked: Asked, *, regroup: bool) -> 
             f"the checkpoint {checkpoint} does not fit the state that is asked for:{listed_lines(differs)}\nrestore it"
             " with the update that it was saved from, or, if only parts or optimizers are others, regroup=True"
         )
-    leaves, report = storage.leaves(checkpoint, contents.specs, places(contents, asked)), None
+    leaves, report = storage.leaves(checkpoint, contents, places(contents, asked)), None
     window = window_of(contents.window, leaves)
     if differs:
         leaves, report = regrouped(leaves, contents, asked)

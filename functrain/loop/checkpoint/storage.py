@@ -1,17 +1,17 @@
 """Orbax, as far as checkpoints need it: leaves by name, and what is beside them as JSON, in a folder."""
 
 import contextlib
-import math
+import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
+from functrain.errors import SaveError
 from functrain.loop.checkpoint.contents import Contents
 from functrain.loop.checkpoint.leaves import shape_dtype
-from functrain.loop.checkpoint.placement import owned, to_read, to_write
+from functrain.loop.checkpoint.packs import target, unpacked
+from functrain.loop.checkpoint.placement import Copy, owned, placed, to_read, to_write
 from functrain.loop.checkpoint.plain import PlainPaths
 
 _ARRAYS, _CONTENTS = "state", "facts"
@@ -28,22 +28,39 @@ class Storage:
     def __init__(self) -> None:
         self._orbax: Any = None
         self._plain = PlainPaths()
-        self._spare: dict[str, jax.Array] = {}
+        self._spare: dict[str, Copy] = {}
 
     def write(self, checkpoint: Path, leaves: Mapping[str, Any], contents: Contents) -> None:
         """Starts to write, and returns when the leaves may be overwritten."""
         import orbax.checkpoint as ocp
 
         # Orbax refuses empty leaves.
-        filled = {name: leaf for name, leaf in leaves.items() if jnp.size(leaf)}
-        filled, self._spare = to_write(filled, self._spare)
-        items = {_ARRAYS: ocp.args.PyTreeSave(filled), _CONTENTS: ocp.args.JsonSave(contents.to_json())}
+        filled = {name: leaf for name, leaf in leaves.items() if not _is_empty(contents.specs[name])}
+        arrays, self._spare = to_write(filled, contents.packs, self._spare)
+        items = {_ARRAYS: ocp.args.PyTreeSave(arrays), _CONTENTS: ocp.args.JsonSave(contents.to_json())}
         self._checkpointer().save(self._plain.of(checkpoint), args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
         """Returns when all is written; raises what went wrong in the background."""
         if self._orbax is not None:
             self._orbax.wait_until_finished()
+
+    def check(self, checkpoint: Path, contents: Contents) -> None:
+        """Reads back what a written checkpoint says that it holds.
+
+        Raises:
+          SaveError: it is not what was given to write.
+        """
+        import orbax.checkpoint as ocp
+
+        # Not by Orbax, which would have all processes read.
+        written = json.loads(contents_file(checkpoint).read_bytes())
+        is_whole = json.dumps(written) == json.dumps(contents.to_json())
+        arrays = ocp.PyTreeCheckpointHandler().metadata(self._plain.of(checkpoint) / _ARRAYS).tree
+        packed = {*itertools.chain(*contents.packs.values())}
+        large = {name for name, spec in contents.specs.items() if name not in packed and not _is_empty(spec)}
+        if not is_whole or arrays.keys() != {*contents.packs, *large}:
+            raise SaveError(f"Orbax wrote {checkpoint} without an error, and it does not hold what was given to write")
 
     def contents(self, checkpoint: Path) -> Contents:
         """What a checkpoint holds, but for the arrays.
@@ -56,17 +73,22 @@ class Storage:
         args = ocp.args.Composite(**{_CONTENTS: ocp.args.JsonRestore()})
         return Contents.from_json(self._read(checkpoint, args)[_CONTENTS], checkpoint)
 
-    def leaves(self, checkpoint: Path, specs: Mapping[str, str], places: Mapping[str, Any]) -> dict[str, Any]:
-        """The arrays of a checkpoint, each where its place says."""
+    def leaves(self, checkpoint: Path, contents: Contents, places: Mapping[str, Any]) -> dict[str, Any]:
+        """The leaves of a checkpoint with these contents, each where its place says."""
         import orbax.checkpoint as ocp
 
-        empty = {name for name, spec in specs.items() if math.prod(shape_dtype(spec)[0]) == 0}
-        targets = {name: to_read(name, specs[name], places[name]) for name in specs if name not in empty}
+        specs, packs = contents.specs, contents.packs
+        empty = {name: [name] for name, spec in specs.items() if _is_empty(spec)}
+        on_host = {*empty, *itertools.chain(*packs.values())}
+        targets = {name: to_read(name, specs[name], places[name]) for name in specs if name not in on_host}
+        targets |= {pack: target(names, specs) for pack, names in packs.items()}
         restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
         args = ocp.args.Composite(**{_ARRAYS: ocp.args.PyTreeRestore(targets, restore_args=restore_args)})
         read = self._read(checkpoint, args)[_ARRAYS]
-        leaves = {name: owned(leaf, places[name]) for name, leaf in read.items()}
-        return leaves | {name: jax.device_put(jnp.zeros(*shape_dtype(specs[name])), places[name]) for name in empty}
+        small = [unpacked(read.pop(pack), names, specs) for pack, names in packs.items()]
+        small += [unpacked(target(names, specs), names, specs) for names in empty.values()]
+        large = {name: owned(leaf, places[name]) for name, leaf in read.items()}
+        return large | placed(dict(itertools.chain(*map(dict.items, small))), specs, places)
 
     def give_up(self) -> None:
         """Forgets a write that failed."""
@@ -94,5 +116,13 @@ class Storage:
             # Compressing takes five times the processor time of writing, and trained weights hardly shrink.
             arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
             handlers = {_ARRAYS: arrays, _CONTENTS: ocp.JsonCheckpointHandler()}
-            self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+            # Threads that wait for a folder which can't be made keep a program from ending for ten minutes.
+            options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+            composite = ocp.CompositeOptions(async_options=options)
+            handler = ocp.CompositeCheckpointHandler(composite_options=composite, **handlers)
+            self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
         return self._orbax
+
+
+def _is_empty(spec: str) -> bool:
+    return 0 in shape_dtype(spec)[0]

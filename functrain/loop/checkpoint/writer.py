@@ -61,7 +61,7 @@ class Writer:
             self._storage.write(self._staging.place(name), leaves, contents)
         except Exception as error:
             raise self._failed(name, error) from error
-        self._finishing = self._thread.submit(self._finish, name, summary, then)
+        self._finishing = self._thread.submit(self._finish, name, contents, summary, then)
 
     def wait(self) -> None:
         """Returns when the last checkpoint is on disk.
@@ -81,10 +81,11 @@ class Writer:
             self._thread.shutdown()
         self._thread = None
 
-    def _finish(self, name: str, summary: Mapping[str, Any], then: Callable[[str], None]) -> None:
+    def _finish(self, name: str, contents: Contents, summary: Mapping[str, Any], then: Callable[[str], None]) -> None:
         try:
             self._storage.wait()
             if jax.process_index() == 0:
+                self._storage.check(self._staging.place(name), contents)
                 self._staging.publish(name, summary)
         except Exception as error:
             self._failed(name, error)

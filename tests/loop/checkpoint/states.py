@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,31 @@ def simple(accumulate=1, **options):
         accumulate=accumulate, **options,
     )  # fmt: skip
     return update, params, update.init(params)
+
+
+def over(devices):
+    """An update of leaves over devices that may be of several processes: in pieces, whole, and random keys."""
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def put(leaf, *spec):
+        return jax.make_array_from_callback(
+            leaf.shape, jax.NamedSharding(mesh, jax.P(*spec)), lambda index: leaf[index]
+        )
+
+    small = {f"{i}": put(np.linspace(-1, 1, 3 * i, dtype=np.float32).reshape(i, 3)) for i in range(9)}
+    params = {
+        "small": small, "pieces": put(np.arange(16, dtype=np.float32), "data"),
+        "half": put(np.linspace(0, 1, 5).astype(jnp.bfloat16)), "large": put(np.ones(1 << 18, np.float32)),
+    }  # fmt: skip
+    update = ft.make_update(lambda params, batch, key: batch * squares(params), one_part(params))
+    return update, params, {"key": jax.jit(jax.random.key, out_shardings=put(np.ones(())).sharding)(7)}
+
+
+def digests(state):
+    """A checksum of each leaf, of pieces that lie here."""
+    flat = ft.flatten({"params": state.params, "opt_state": state.opt_state, "key": jax.random.key_data(state.key)})
+    pieces = {name: [np.asarray(shard.data) for shard in leaf.addressable_shards] for name, leaf in flat.items()}
+    return {name: [zlib.crc32(piece.tobytes()) for piece in all_] for name, all_ in pieces.items()}
 
 
 def batch_of(number):

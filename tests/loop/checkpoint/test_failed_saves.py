@@ -16,7 +16,7 @@ from trees import says
 
 import functrain as ft
 from functrain.errors import SaveError
-from functrain.loop.checkpoint import manifest
+from functrain.loop.checkpoint import manifest, plain
 
 FAILING = """
     found = {}
@@ -200,6 +200,16 @@ def test_what_cannot_be_removed_is_told_and_fails_no_save(tmp_path):
     assert names(checkpoints) == ["1", "2"]
     assert all(manifest.damage(tmp_path / name) is None for name in ("1", "2"))
     checkpoints.close()
+
+
+def test_what_orbax_left_out_without_a_word_fails_the_save(tmp_path, monkeypatch):
+    """In a folder whose name it takes for a pattern it finds nothing to merge, and says that it has saved."""
+    monkeypatch.setattr(plain, "is_plain", lambda path: True)
+    checkpoints = ft.Checkpoints(tmp_path / "layers=[64,64]")
+    checkpoints.save(updated(1)[2])
+    with pytest.raises(SaveError, match=says("/1 could not be written")):
+        checkpoints.wait()
+    assert names(checkpoints) == []
 
 
 def test_a_failed_save_is_told_beside_the_error_that_ends_a_with_block(tmp_path):
