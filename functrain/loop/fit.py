@@ -107,7 +107,8 @@ def fit(
       FitError: neither epochs nor steps, or an option without what it needs.
       CheckpointError: the checkpoints are of another update, or another process writes to them.
       SaveError: the last save of the run failed.
-      NonFiniteError: a loss that was logged, or a parameter that was to be saved, is NaN or infinite.
+      NonFiniteError: a loss that was logged, or a parameter or model state that was to be evaluated, saved or returned,
+        is NaN or infinite.
       SystemExit: 143 or 130 after SIGTERM or SIGINT: the update was finished and saved.
     """
     log, all_hooks = log or Every(updates=100), Hooks([*([stop] if stop else []), *hooks])

@@ -11,7 +11,6 @@ from functrain.errors import SaveError
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.every import Every
-from functrain.loop.finite import check_saved
 from functrain.loop.hooks import Hooks
 from functrain.loop.logs import flattened
 from functrain.loop.run import Run
@@ -37,11 +36,11 @@ class Saver:
         """Starts to save, unless this moment is saved already.
 
         Raises:
-          NonFiniteError: a parameter, or a gradient of a pending window, is not finite, and would be saved as good.
+          NonFiniteError: what would be saved as good is not finite.
         """
         if self._saved == _counters(run):
             return
-        check_saved(run, self.last_sound)
+        run.watch.check(run.state, self.last_sound)
         extra = {
             "epoch": run.epoch,
             "read": run.reader.read,

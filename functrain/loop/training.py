@@ -10,7 +10,6 @@ from functrain.errors import FitError
 from functrain.loop.batches import put, put_stacked
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
-from functrain.loop.finite import check_logged
 from functrain.loop.hooks import Hooks
 from functrain.loop.rows import Rows
 from functrain.loop.run import Run
@@ -63,9 +62,12 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
 
     Raises:
       FitError: the data gives no batch, or a result that is asked for is not there.
-      NonFiniteError: a loss that was logged, or a parameter that was to be saved, is NaN or infinite.
+      NonFiniteError: a loss that was logged, or what of the state was to be evaluated, saved or returned, is NaN or
+        infinite.
     """
+    run.watch.begin(run.state)
     saver = plan.saver
+    last_sound = saver.last_sound if saver else lambda: "none"
     for _ in _advances(run, plan, signals):
         if run.step != run.done_until.step:
             plan.hooks.tell("update_ended", run)
@@ -76,13 +78,15 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
         saves = saver is not None and saver.checkpoints.every.due(before, now)
         if logs:
             row = plan.rows.training(run, now)
-            check_logged(run, row, saver.last_sound if saver else lambda: "none")
+            run.watch.check_logged(run.state, row, last_sound)
             plan.rows.add(run, row)
         if evaluations:
+            run.watch.check(run.state, last_sound)
             _evaluate(run, plan, evaluations)
         if saver and (saves or (evaluations and saver.checkpoints.is_best(run.evaluated))):
             saver.save(run)
         show()
+    run.watch.check(run.state, last_sound)
     if saver:
         saver.save(run)
 
@@ -145,6 +149,7 @@ def _evaluate(run: Run, plan: Plan, due: Sequence[Evaluation]) -> None:
     for evaluation in due:
         found = evaluation(run.state.params, run.state.model_state)
         run.evaluated |= {f"{evaluation.name}/{name}": value for name, value in found.items()}
+    run.watch.tell_results(run.step, run.evaluated)
     run.results |= run.evaluated
     best = None if plan.saver is None else plan.saver.checkpoints.retention.best
     if best is not None and best not in run.results and all(each in due for each in plan.evaluations):
