@@ -77,7 +77,7 @@ class Watch:
         self.begin(state)
 
     def begin(self, state: TrainState) -> None:
-        """Looks at what the run is begun with, unless it did; a state that an earlier run consumed has nothing to see."""
+        """Looks at what a run is begun with, once; a state that an earlier run consumed shows nothing."""
         leaves = _of_model_state(state)
         is_gone = any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves.values())
         if self._at_first is None and not is_gone:
