@@ -64,7 +64,7 @@ def _by_part(named: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, d
 
 
 def _counted(named: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, int]:
-    """The counts where they were not saved, as in the first checkpoints of this format, by the longest name that fits."""
+    """The counts by the longest name that fits, for the first checkpoints of this format, which have none."""
     counts: dict[str, int] = {}
     for name in named:
         rest = f"{name.removeprefix(_PREFIX)}/"
