@@ -1,13 +1,15 @@
 """Hooks, the one that stops a run early, and what is best."""
 
+import dataclasses
 import re
 import warnings
 
 import numpy as np
 import pytest
-from runs import Recorder, bits, counted, data_of, scripted, start, update_of
+from runs import Recorder, X, Y, bits, counted, data_of, loss_fn, scripted, start, update_of
 
 import functrain as ft
+from functrain.errors import UpdateError
 
 
 def test_hooks_are_told_each_event_once_and_in_order(tmp_path):
@@ -258,3 +260,27 @@ def test_a_checkpoint_has_the_results_of_its_own_step_only(tmp_path):
     ft.fit(update, state, data, steps=3, evaluation=scripted(5, every=ft.Every(updates=2)), checkpoints=checkpoints)
     like = update.abstract(start())
     assert [checkpoints.restore(like=like, step=step).metrics for step in (1, 2, 3)] == [{}, {"valid/loss": 5.0}, {}]
+
+
+class Dropping(ft.Hook):
+    def run_started(self, run):
+        run.state = dataclasses.replace(run.state, window=None, pending=np.array(0))
+
+
+def test_a_hook_may_drop_a_window_that_was_saved_with_other_metrics(tmp_path):
+    def fit(name, batches, hooks=()):
+        def named(params, batch):
+            return ft.Loss(loss_fn(params, batch).value, metrics={name: 1.0})
+
+        data = ft.from_arrays({"x": X[: 2 * batches], "y": Y[: 2 * batches]}, batch_size=2, shuffle=False)
+        update = update_of(named, accumulate=4, remainder="carry")
+        return ft.fit(
+            update, update.init(start()), data, epochs=1 + (name == "new"), checkpoints=ft.Checkpoints(tmp_path),
+            hooks=hooks,
+        ).state  # fmt: skip
+
+    assert int(fit("old", 2).pending) == 2
+    with pytest.raises(UpdateError, match="do not fit those of the batches before it"):
+        fit("new", 2)
+    state = fit("new", 2, [Dropping()])
+    assert (int(state.step), int(state.batches), int(state.pending)) == (0, 4, 2)
