@@ -89,6 +89,8 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
     run.watch.check(run.state, last_sound)
     if saver:
         saver.save(run)
+    if signals.received is not None:
+        run.reader.close()
 
 
 def _advances(run: Run, plan: Plan, signals: StopSignals) -> Iterator[None]:
@@ -96,15 +98,16 @@ def _advances(run: Run, plan: Plan, signals: StopSignals) -> Iterator[None]:
     is_over, reader = functools.partial(_is_over, run, plan, signals), run.reader
     # A run that was killed at its last step may have its epoch's end before it.
     while (plan.epochs is None or run.epoch < plan.epochs) and (reader.read or not is_over()):
-        reader.begin(run.epoch)
+        reader.begin(run.epoch, signals.awaited)
         ends = is_over()
-        while not ends and (batches := reader.next_chunk(_next_count(run, plan))):
+        while not ends and (batches := reader.next_chunk(_next_count(run, plan), signals.awaited)):
             if _update(run, plan, batches):
                 yield
             ends = is_over()
+        ends = ends or (batches is None and is_over())  # A signal ended the wait for them.
         # What is due at an epoch's end is done by a run that has come to it with its last step.
         is_cut_off = run.stopped is not None or signals.received is not None
-        if ends and (is_cut_off or not reader.is_at_end()):
+        if ends and (is_cut_off or not reader.is_at_end(signals.awaited)):
             return
         if not reader.read:
             raise FitError(
