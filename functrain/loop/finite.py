@@ -1,59 +1,155 @@
-"""NaN and infinity end a run, before they are saved as good."""
+"""NaN and infinity end a run, before they are saved as good, or returned."""
 
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import NonFiniteError
-from functrain.loop.run import Run
-from functrain.tree.arrays import is_finite
+from functrain.tree.paths import flatten
 from functrain.tree.text import listed
+from functrain.update.state import TrainState
+from functrain.update.update import Update
 
 
-def check_logged(run: Run, row: Mapping[str, Any], last_sound: Callable[[], str]) -> None:
-    """Raises for a loss that is not finite, unless such updates are left out.
+class NotFinite(NamedTuple):
+    """What of a state is not finite, by path.
 
-    Raises:
-      NonFiniteError: names the losses, the parts whose parameters are not finite either, and the last sound checkpoint.
+    Attributes:
+      params: `{part: paths}` of the trained parts.
+      pending: the same of the gradients of a pending window.
+      model_state: paths in the model state.
     """
-    losses = [name for name, value in row.items() if "loss" in name.split("/") and not np.isfinite(value)]
-    if losses and not run.update.options.skips:
-        bad = _parts(run)
-        where = f", nor are the parameters of part {listed(bad)}" if bad else ""
-        raise _error(run, f"{listed(losses)} is not finite{where}", last_sound())
+
+    params: dict[str, list[str]]
+    pending: dict[str, list[str]]
+    model_state: list[str]
+
+    def __str__(self) -> str:
+        said = [
+            f"the {what} {listed(names)}"
+            for what, names in (
+                ("parameters of part", self.params),
+                ("pending gradients of part", self.pending),
+                ("leaves of the model state", self.model_state),
+            )
+            if names
+        ]
+        return " and ".join(said)
 
 
-def check_saved(run: Run, last_sound: Callable[[], str]) -> None:
-    """Raises for a state that must not be saved.
+def not_finite(update: Update, state: TrainState) -> NotFinite:
+    """Looks at all that training changes but optimizer states, in one program; one small array of it is fetched.
 
-    Raises:
-      NonFiniteError: a parameter, or a gradient of a pending window, is not finite.
+    Pending gradients are not looked at where an update with such gradients is left out.
     """
-    if bad := _parts(run):
-        what = f"the parameters or the pending gradients of part {listed(bad)} are not finite"
-        raise _error(run, what, last_sound())
+    split = update.optim.parts.split(state.params)
+    leaves = {("params", part, path): leaf for part in update.optim.trained for path, leaf in split[part].items()}
+    if state.window is not None and not update.options.skips:
+        grads = state.window.grads
+        leaves |= {("pending", part, path): leaf for part in grads for path, leaf in grads[part].items()}
+    leaves |= {("model_state", "", path): leaf for path, leaf in _of_model_state(state).items()}
+    found = NotFinite({}, {}, [])
+    for kind, part, path in _bad(leaves, _are_finite([*leaves.values()])):
+        if kind == "model_state":
+            found.model_state.append(path)
+        else:
+            getattr(found, kind).setdefault(part, []).append(path)
+    return found
 
 
-def _parts(run: Run) -> list[str]:
-    """The parts whose parameters or pending gradients are not finite."""
-    split = run.update.optim.parts.split(run.state.params)
-    leaves = {part: [*split[part].values()] for part in run.update.optim.trained}
-    if run.state.window is not None and not run.update.options.skips:
-        for part, sums in run.state.window.grads.items():
-            leaves[part] += sums.values()
-    finite = jax.device_get(_are_finite(leaves))
-    return [part for part, is_good in finite.items() if not is_good]
+class Watch:
+    """Watches the state and the results of a run.
+
+    Args:
+      update: of the run.
+      state: what it is begun with. A leaf of the model state that is not finite here, a mask or the least value so far,
+        is its user's, and is left out.
+    """
+
+    def __init__(self, update: Update, state: TrainState) -> None:
+        self._update = update
+        self._told: set[str] = set()
+        self._at_first: tuple[list[str], Any] | None = None
+        self.begin(state)
+
+    def begin(self, state: TrainState) -> None:
+        """Looks at what a run is begun with, once; a state that an earlier run consumed shows nothing."""
+        leaves = _of_model_state(state)
+        is_gone = any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves.values())
+        if self._at_first is None and not is_gone:
+            # Not fetched before something is wrong: nothing waits for the device.
+            self._at_first = [*leaves], _are_finite([*leaves.values()])
+
+    def check_logged(self, state: TrainState, row: Mapping[str, Any], last_sound: Callable[[], str]) -> None:
+        """Raises for a loss that is not finite, unless such updates are left out.
+
+        Raises:
+          NonFiniteError: names the losses, what of the state is not finite either, and the last sound checkpoint.
+        """
+        losses = [name for name, value in row.items() if "loss" in name.split("/") and not np.isfinite(value)]
+        if losses and not self._update.options.skips:
+            found = self._found(state)
+            state_too = f", nor are {found}" if any(found) else ""
+            raise self._error(state, f"{listed(losses)} is not finite{state_too}", last_sound)
+
+    def check(self, state: TrainState, last_sound: Callable[[], str]) -> None:
+        """Raises for a state that must not be saved or returned.
+
+        Raises:
+          NonFiniteError: a trained parameter, a gradient of a pending window, or a leaf of the model state is not
+            finite.
+        """
+        if any(found := self._found(state)):
+            raise self._error(state, f"{found} are not finite", last_sound)
+
+    def tell_results(self, step: int, results: Mapping[str, Any]) -> None:
+        """Warns of results of an evaluation that are not finite, once of each name."""
+        for name, value in results.items():
+            if name in self._told or np.ndim(value) or np.isfinite(value):
+                continue
+            self._told.add(name)
+            warnings.warn(
+                f"step {step}: the result {name!r} of an evaluation is {value}: it is never best and no improvement;"
+                " see which examples give it, jax.config.update('jax_debug_nans', True) says in which operation",
+                stacklevel=6,
+            )
+
+    def _found(self, state: TrainState) -> NotFinite:
+        found = not_finite(self._update, state)
+        if found.model_state and self._at_first is not None:
+            users = {*_bad(*self._at_first)}
+            found.model_state[:] = [path for path in found.model_state if path not in users]
+        return found
+
+    def _error(self, state: TrainState, what: str, last_sound: Callable[[], str]) -> NonFiniteError:
+        way = 'leave such updates out: make_update(..., nonfinite="skip")'
+        if self._update.options.skips:
+            way = 'keep it finite where it is made: nonfinite="skip" looks at gradients alone'
+        return NonFiniteError(
+            f"step {int(state.step)}: {what}; the last sound checkpoint is {last_sound()}; restore it and lower the"
+            f" rate, or {way}"
+        )
+
+
+def _of_model_state(state: TrainState) -> dict[str, Any]:
+    """The leaves of the model state that can be NaN."""
+    leaves = flatten(state.model_state)
+    return {path: leaf for path, leaf in leaves.items() if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)}
+
+
+def _bad(names: Any, are_finite: Any) -> list[Any]:
+    return [name for name, is_sound in zip(names, np.asarray(are_finite), strict=True) if not is_sound]
+
+
+def _are_finite(leaves: list[Any]) -> Any:
+    """For each leaf whether all of it is finite, bool (leaves,)."""
+    return _each_finite(leaves) if leaves else np.zeros(0, bool)
 
 
 @jax.jit
-def _are_finite(leaves: dict[str, list[Any]]) -> dict[str, Any]:
-    return {part: is_finite(each) for part, each in leaves.items()}
-
-
-def _error(run: Run, what: str, last_sound: str) -> NonFiniteError:
-    return NonFiniteError(
-        f"step {run.step}: {what}; the last sound checkpoint is {last_sound}; restore it and lower the rate, or leave"
-        ' such updates out: make_update(..., nonfinite="skip")'
-    )
+def _each_finite(leaves: list[Any]) -> jax.Array:
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])

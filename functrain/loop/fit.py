@@ -111,8 +111,9 @@ def fit(
       CheckpointError: the checkpoints are of another update, none of them is sound, one can't be read, or another
         process writes to them.
       SaveError: the last save of the run failed.
-      NonFiniteError: a loss that was logged, or a parameter that was to be saved, is NaN or infinite.
-      SystemExit: 143 or 130 after SIGTERM or SIGINT: the update was finished and saved.
+      NonFiniteError: a loss that was logged, or a parameter or model state that was to be evaluated, saved or returned,
+        is NaN or infinite.
+      SystemExit: 143 or 130 after SIGTERM or SIGINT: the update was finished and saved, data was not waited for.
     """
     log, all_hooks = log or Every(updates=100), Hooks([*([stop] if stop else []), *hooks])
     plan = Plan(

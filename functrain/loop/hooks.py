@@ -1,11 +1,13 @@
 """What watches a run: hooks, and the one that stops it early."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from functrain.errors import FitError
 from functrain.loop.run import Run
+from functrain.tree.text import listed
 
 
 class Hook:
@@ -117,14 +119,41 @@ class Hooks:
         return [{"of": _kind(hook), "state": hook.state()} for hook in self._hooks]
 
     def load(self, saved: Sequence[dict[str, Any]]) -> None:
-        """Gives back what was saved: to each the first of its kind that is left, to one that is new none."""
-        left = list(saved)
-        for hook in self._hooks:
-            mine = next((each for each in left if each["of"] == _kind(hook)), None)
-            if mine is not None:
-                left.remove(mine)
-                hook.load(mine["state"])
+        """Gives back what was saved, to each hook what the first of its name left; says what found no one.
+
+        The name is that of the class, in the module where it was if there is one: a module may be renamed.
+        """
+        left, states = list(saved), {}
+        for is_of in (_is_of, _is_named_like):
+            for place, hook in enumerate(self._hooks):
+                mine = next((each for each in left if is_of(each["of"], hook)), None)
+                if place not in states and mine is not None:
+                    left.remove(mine)
+                    states[place] = mine["state"]
+        for place in sorted(states):
+            self._hooks[place].load(states[place])
+        lost = [each["of"] for each in left if each["state"] is not None]
+        anew = [hook for place, hook in enumerate(self._hooks) if place not in states]
+        _tell(lost, [_kind(hook) for hook in anew if type(hook).state is not Hook.state])
 
 
 def _kind(hook: Hook) -> str:
     return f"{type(hook).__module__}.{type(hook).__qualname__}"
+
+
+def _is_of(saved: str, hook: Hook) -> bool:
+    return saved == _kind(hook)
+
+
+def _is_named_like(saved: str, hook: Hook) -> bool:
+    return saved.endswith(f".{type(hook).__qualname__}")
+
+
+def _tell(lost: Sequence[str], anew: Sequence[str]) -> None:
+    said = [f"the checkpoint has the state of {listed(lost)}, which no hook takes back"] if lost else []
+    said += [f"{listed(anew)} finds no state in the checkpoint and begins anew"] if anew else []
+    if said:
+        warnings.warn(
+            f"hooks: {'; '.join(said)}; to go on with it, give the class the name under which it was saved",
+            stacklevel=5,
+        )

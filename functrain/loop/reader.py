@@ -3,10 +3,15 @@
 import collections
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from functrain.loop.batches import are_alike
+from functrain.loop.workers import Workers
+
+
+def _at_once(call: Callable[..., Any], *arguments: Any) -> Any:
+    return call(*arguments)
 
 
 class Reader:
@@ -16,6 +21,9 @@ class Reader:
     >>> reader.begin(epoch=0)
     >>> reader.next_chunk(2), reader.next_chunk(2), reader.next_chunk(2), reader.read
     ([1, 2], [3], [], 3)
+
+    What waits for the data is called through `wait`, such as `StopSignals.awaited`, which returns None where it gave
+    up. Nothing of the reader changes before it returns: then it stands where it stood.
 
     Args:
       data: batches, in an iterable that is read once an epoch, or one with `epoch(number)`. Where its iterators have
@@ -29,26 +37,29 @@ class Reader:
         self.read = 0
         self._data: Any = data
         self._batches: Iterator[Any] | None = None
+        self._workers = Workers()
         self._is_resumable = False
-        self._position: Any = None  # After the last batch given out, where batches were read ahead of it.
+        self._is_cut_off = False
+        self._position: Any = None  # After the last batch given out, where batches were read ahead of it, or may be.
         self._ahead: collections.deque[tuple[Any, Any]] = collections.deque()  # With the position after each.
 
     @property
     def position(self) -> Any:
         """What to save, to go on behind the last batch that was given out; None between two epochs."""
-        return self._position if self._ahead or self._batches is None else self._reached()
+        is_known = self._ahead or self._is_cut_off or self._batches is None
+        return self._position if is_known else self._reached()
 
     def resume(self, position: Any, read: int) -> None:
         """Takes a saved position, within an epoch of which so many batches were given out."""
         self._position, self.read = position, read
 
-    def begin(self, epoch: int) -> None:
-        """Begins an epoch, or goes on within it from a position that was resumed."""
-        batches = iter(self._data.epoch(epoch) if callable(getattr(self._data, "epoch", None)) else self._data)
-        self._is_resumable = hasattr(batches, "get_state") and hasattr(batches, "set_state")
-        if self.read and self._is_resumable and self._position is not None:
-            batches.set_state(self._position)
-        elif self.read:
+    def begin(self, epoch: int, wait: Callable[..., Any] = _at_once) -> None:
+        """Begins an epoch, or goes on within it from a position that was resumed; not where `wait` gives up."""
+        batches = wait(self._begun, epoch)
+        if batches is None:
+            return
+        self._is_resumable = _can_be_resumed(batches)
+        if self.read and not (self._is_resumable and self._position is not None):
             warnings.warn(
                 f"the data can't be resumed: epoch {epoch} starts again at its beginning, after {self.read} batches"
                 " of it; give data whose iterator has get_state and set_state, such as ft.from_arrays or Grain's",
@@ -57,14 +68,21 @@ class Reader:
             self.read = 0
         self._batches, self._position = batches, None
 
-    def next_chunk(self, count: int = 1) -> list[Any]:
-        """The next batches, as many as asked for if these are alike, else one; none at the end of the epoch."""
+    def next_chunk(self, count: int = 1, wait: Callable[..., Any] = _at_once) -> list[Any] | None:
+        """The next batches, as many as asked for if these are alike, else one; none at the end of the epoch.
+
+        Returns:
+          The batches; None where `wait` gives up.
+        """
         if not self._ahead:
             if count == 1:
-                chunk = [*itertools.islice(self._source(), 1)]
-                self.read += len(chunk)
+                self._position = self._reached()
+                chunk: list[Any] | None = wait(list, itertools.islice(self._source(), 1))
+                self._is_cut_off = chunk is None
+                self.read += len(chunk or ())
                 return chunk
-            self._look_ahead(count)
+            if not self._looked_ahead(count, wait):
+                return None
         chunk = [batch for batch, _ in self._ahead]
         if len(chunk) != count or not are_alike(chunk):
             chunk = chunk[:1]
@@ -73,20 +91,33 @@ class Reader:
         self.read += len(chunk)
         return chunk
 
-    def is_at_end(self) -> bool:
-        """Whether the epoch has no more batches; the position stays what it is."""
-        if not self._ahead:
-            self._look_ahead(1)
-        return not self._ahead
+    def is_at_end(self, wait: Callable[..., Any] = _at_once) -> bool:
+        """Whether the epoch is known to have no more batches; the position stays what it is."""
+        return not self._ahead and self._looked_ahead(1, wait) and not self._ahead
 
     def end_epoch(self) -> None:
         """Stands between two epochs."""
         self.read, self._batches, self._position = 0, None, None
 
-    def _look_ahead(self, count: int) -> None:
+    def close(self) -> None:
+        """Ends the processes that read ahead, of a run that ends here; at most some two seconds."""
+        self._workers.end(self._batches)
+
+    def _begun(self, epoch: int) -> Any:
+        batches: Any = iter(self._data.epoch(epoch) if callable(getattr(self._data, "epoch", None)) else self._data)
+        if self.read and self._position is not None and _can_be_resumed(batches):
+            batches.set_state(self._position)
+        return batches
+
+    def _looked_ahead(self, count: int, wait: Callable[..., Any]) -> bool:
         self._position = self._reached()
-        for batch in itertools.islice(self._source(), count):
-            self._ahead.append((batch, self._reached()))
+        found = wait(self._next_batches, count)
+        self._is_cut_off = found is None
+        self._ahead.extend(found or ())
+        return not self._is_cut_off
+
+    def _next_batches(self, count: int) -> list[tuple[Any, Any]]:
+        return [(batch, self._reached()) for batch in itertools.islice(self._source(), count)]
 
     def _reached(self) -> Any:
         """The position behind the last batch that was read."""
@@ -95,3 +126,7 @@ class Reader:
     def _source(self) -> Any:
         assert self._batches is not None
         return self._batches
+
+
+def _can_be_resumed(batches: Any) -> bool:
+    return hasattr(batches, "get_state") and hasattr(batches, "set_state")

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from functrain.loop.every import Moment
+from functrain.loop.finite import Watch
 from functrain.loop.reader import Reader
 from functrain.update.state import TrainState
 from functrain.update.update import Update
@@ -17,6 +18,7 @@ class Run:
     Attributes:
       update: the compiled update.
       state: the state after the last update; the next one consumes it.
+      watch: raises for what of it is NaN.
       reader: reads the data, and knows how many batches of this epoch it gave out.
       step: finished optimizer steps.
       epoch: finished epochs.
@@ -30,6 +32,7 @@ class Run:
 
     def __init__(self, update: Update, state: TrainState, reader: Reader) -> None:
         self.update, self.state, self.reader = update, state, reader
+        self.watch = Watch(update, state)
         self.step, self.epoch = int(state.step), 0
         self.metrics: dict[str, Any] = {}
         self.results: dict[str, Any] = {}

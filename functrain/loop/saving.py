@@ -1,17 +1,18 @@
 """A run to a checkpoint, and back."""
 
+import base64
 import contextlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import SaveError
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.every import Every
-from functrain.loop.finite import check_saved
 from functrain.loop.hooks import Hooks
 from functrain.loop.logs import flattened
 from functrain.loop.run import Run
@@ -37,16 +38,16 @@ class Saver:
         """Starts to save, unless this moment is saved already.
 
         Raises:
-          NonFiniteError: a parameter, or a gradient of a pending window, is not finite, and would be saved as good.
+          NonFiniteError: what would be saved as good is not finite.
         """
         if self._saved == _counters(run):
             return
-        check_saved(run, self.last_sound)
+        run.watch.check(run.state, self.last_sound)
         extra = {
             "epoch": run.epoch,
             "read": run.reader.read,
             "seconds": run.now.seconds,
-            "results": {name: np.asarray(value).tolist() for name, value in run.results.items() if _is_numeric(value)},
+            "results": {name: _written(value) for name, value in run.results.items() if _is_numeric(value)},
             # Without an update after it, an epoch's end logs those of the update before it.
             "metrics": flattened(run.last_metrics()) if self._log.epochs is not None else {},
             "hooks": self._hooks.states(),
@@ -77,11 +78,10 @@ class Saver:
         run.state = restored.state
         # One that was saved without `fit` has nothing but the state.
         extra = restored.extra or {"epoch": 0, "read": 0, "results": {}, "seconds": 0.0, "hooks": []}
-        results = extra["results"].items()
         run.go_on(
             epoch=extra["epoch"],
             seconds=extra["seconds"],
-            results={name: np.asarray(value) if isinstance(value, list) else value for name, value in results},
+            results={name: _taken_back(value) for name, value in extra["results"].items()},
             metrics=dict(extra.get("metrics", {})),
         )
         run.reader.resume(restored.data, extra["read"])
@@ -106,7 +106,31 @@ def _counters(run: Run) -> tuple[int, ...]:
 
 
 def _is_numeric(value: Any) -> bool:
-    return np.asarray(value).dtype.kind in "biuf"
+    if isinstance(value, list | tuple):
+        return all(map(_is_numeric, value))
+    if hasattr(value, "dtype"):
+        return any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.number, jnp.bool_))
+    return isinstance(value, int | float)
+
+
+def _written(value: Any) -> Any:
+    """A result as JSON has it: Python's numbers as they are, an array as its bytes with dtype and shape."""
+    if isinstance(value, list | tuple):
+        return [_written(each) for each in value]
+    if not hasattr(value, "dtype"):
+        return value
+    array = np.asarray(value)
+    return {"dtype": array.dtype.name, "shape": array.shape, "bytes": base64.b64encode(array.tobytes()).decode()}
+
+
+def _taken_back(written: Any) -> Any:
+    """The inverse of `_written`."""
+    if isinstance(written, list):
+        return [_taken_back(each) for each in written]
+    if not isinstance(written, dict):
+        return written
+    flat = np.frombuffer(base64.b64decode(written["bytes"]), jnp.dtype(written["dtype"]))
+    return flat.reshape(written["shape"]).copy()
 
 
 def _constant_rates(state: TrainState) -> dict[str, float]:

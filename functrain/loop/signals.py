@@ -2,14 +2,21 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
 
 # SIGINT first, and put back last: once it is ours, no KeyboardInterrupt leaves the other one half installed.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+T = TypeVar("T")
+
+
+class _WaitEnded(BaseException):
+    """A first signal came within `awaited`; no `except Exception` of what is waited for takes it."""
 
 
 class StopSignals:
@@ -24,10 +31,10 @@ class StopSignals:
     >>> step, signals.received, signals.exit_code
     (4, <Signals.SIGTERM: 15>, 143)
 
-    The first signal is only recorded. A second one, of either kind, stops at once: the handlers from before are put
-    back, and KeyboardInterrupt (SIGINT) or SystemExit(143) (SIGTERM) is raised where the program stands. Leaving the
-    `with` puts them back too. A handler that was not installed from Python cannot be put back, so it is left alone;
-    outside the main thread, where Python allows no handlers, all are.
+    The first signal is only recorded, and ends a wait for data (`awaited`). A second one, of either kind, stops at
+    once: the handlers from before are put back, and KeyboardInterrupt (SIGINT) or SystemExit(143) (SIGTERM) is raised
+    where the program stands. Leaving the `with` puts them back too. A handler that was not installed from Python
+    cannot be put back, so it is left alone; outside the main thread, where Python allows no handlers, all are.
 
     In a run of several processes no handler is installed. JAX has its own for SIGTERM, which makes all processes stop
     at one step (`jax.experimental.multihost_utils.reached_preemption_sync_point`), and which a handler of ours would
@@ -46,6 +53,7 @@ class StopSignals:
         self._several_processes = False
         self._step: int | None = None
         self._turns = 0
+        self._is_waiting = False
 
     @property
     def exit_code(self) -> int | None:
@@ -61,6 +69,31 @@ class StopSignals:
         if self._several_processes and self.received is None and self._reached_sync_point(step):
             self.received = signal.SIGTERM
         return self.received is not None
+
+    def awaited(self, wait: Callable[..., T], *arguments: Any) -> T | None:
+        """What a call returns that may wait for long, as for data; None if a first signal came and ended the wait.
+
+        >>> batches = iter([1, 2])
+        >>> with StopSignals() as signals:
+        ...     signals.awaited(next, batches), signal.raise_signal(signal.SIGTERM), signals.awaited(next, batches)
+        (1, None, None)
+
+        Python raises in the call, where it sleeps or reads, and throws away what it was about to return: go on from
+        where the data stood before. What waits in C and does not look for signals ends when it returns. In a run of
+        several processes a signal ends no wait, as all of them stop at one step.
+
+        Args:
+          wait: the call.
+          *arguments: for it.
+        """
+        try:
+            self._is_waiting = True
+            try:
+                return wait(*arguments) if self.received is None else None
+            finally:
+                self._is_waiting = False
+        except _WaitEnded:
+            return None
 
     def __enter__(self) -> Self:
         self.received = None
@@ -84,6 +117,9 @@ class StopSignals:
         if again:
             self._put_back()
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(self.exit_code)
+        if self._is_waiting:
+            self._is_waiting = False
+            raise _WaitEnded
 
     def _put_back(self) -> None:
         for number, handler in reversed(self._former.items()):

@@ -10,7 +10,6 @@ from functrain.errors import FitError
 from functrain.loop.batches import put, put_stacked
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
-from functrain.loop.finite import check_logged
 from functrain.loop.hooks import Hooks
 from functrain.loop.rows import Rows
 from functrain.loop.run import Run
@@ -63,9 +62,12 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
 
     Raises:
       FitError: the data gives no batch, or a result that is asked for is not there.
-      NonFiniteError: a loss that was logged, or a parameter that was to be saved, is NaN or infinite.
+      NonFiniteError: a loss that was logged, or what of the state was to be evaluated, saved or returned, is NaN or
+        infinite.
     """
+    run.watch.begin(run.state)
     saver = plan.saver
+    last_sound = saver.last_sound if saver else lambda: "none"
     for _ in _advances(run, plan, signals):
         if run.step != run.done_until.step:
             plan.hooks.tell("update_ended", run)
@@ -76,15 +78,19 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
         saves = saver is not None and saver.checkpoints.every.due(before, now)
         if logs:
             row = plan.rows.training(run, now)
-            check_logged(run, row, saver.last_sound if saver else lambda: "none")
+            run.watch.check_logged(run.state, row, last_sound)
             plan.rows.add(run, row)
         if evaluations:
+            run.watch.check(run.state, last_sound)
             _evaluate(run, plan, evaluations)
         if saver and (saves or (evaluations and saver.checkpoints.is_best(run.evaluated))):
             saver.save(run)
         show()
+    run.watch.check(run.state, last_sound)
     if saver:
         saver.save(run)
+    if signals.received is not None:
+        run.reader.close()
 
 
 def _advances(run: Run, plan: Plan, signals: StopSignals) -> Iterator[None]:
@@ -92,15 +98,16 @@ def _advances(run: Run, plan: Plan, signals: StopSignals) -> Iterator[None]:
     is_over, reader = functools.partial(_is_over, run, plan, signals), run.reader
     # A run that was killed at its last step may have its epoch's end before it.
     while (plan.epochs is None or run.epoch < plan.epochs) and (reader.read or not is_over()):
-        reader.begin(run.epoch)
+        reader.begin(run.epoch, signals.awaited)
         ends = is_over()
-        while not ends and (batches := reader.next_chunk(_next_count(run, plan))):
+        while not ends and (batches := reader.next_chunk(_next_count(run, plan), signals.awaited)):
             if _update(run, plan, batches):
                 yield
             ends = is_over()
+        ends = ends or (batches is None and is_over())  # A signal ended the wait for them.
         # What is due at an epoch's end is done by a run that has come to it with its last step.
         is_cut_off = run.stopped is not None or signals.received is not None
-        if ends and (is_cut_off or not reader.is_at_end()):
+        if ends and (is_cut_off or not reader.is_at_end(signals.awaited)):
             return
         if not reader.read:
             raise FitError(
@@ -145,6 +152,7 @@ def _evaluate(run: Run, plan: Plan, due: Sequence[Evaluation]) -> None:
     for evaluation in due:
         found = evaluation(run.state.params, run.state.model_state)
         run.evaluated |= {f"{evaluation.name}/{name}": value for name, value in found.items()}
+    run.watch.tell_results(run.step, run.evaluated)
     run.results |= run.evaluated
     best = None if plan.saver is None else plan.saver.checkpoints.retention.best
     if best is not None and best not in run.results and all(each in due for each in plan.evaluations):

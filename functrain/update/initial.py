@@ -43,7 +43,7 @@ def initial_state(
         taken.add(id(leaf))
         return leaf if replicated is None or committed_sharding(leaf) else jax.device_put(leaf, replicated)
 
-    counter = np.zeros((), np.int32)
+    counter = np.zeros((), np.int64)
     on_device = {
         "params": params,
         "opt_state": optim.init(params),
@@ -71,7 +71,7 @@ def abstract_state(
     configuration: str,
 ) -> TrainState:
     """The shapes, dtypes and shardings of an initial state, from arrays or shapes, without computing anything."""
-    counter = jax.ShapeDtypeStruct((), jnp.int32)
+    counter = jax.ShapeDtypeStruct((), np.dtype(np.int64))
 
     def initial(params: PyTree, model_state: Any, key: Any) -> TrainState:
         return TrainState(

@@ -18,6 +18,8 @@ from functrain.update.step import Metrics, Step
 from functrain.update.turns import Body, make_cycles, make_turn, under_phases
 from functrain.update.window import Window
 
+_LAST = 2**31 - 1
+
 
 class Call(NamedTuple):
     """What is compiled once: a kind of call, the turns that it takes (of a scan one cycle), whether with telemetry."""
@@ -54,7 +56,10 @@ class Program:
         _, leaves = pack(state)
         consumed = leaves if len(self._consumes) == len(leaves) else [leaves[i] for i in self._consumes]
         consumed_window, read_window = (state.window, None) if self._consumes_window else (None, state.window)
-        read = ([leaves[i] for i in self._reads], read_window, state.key, state.step, state.batches)
+        # In 32 bits, as programs count: a step stops at the last one, the numbers of batches begin anew.
+        step = np.array(min(int(state.step), _LAST), np.int32)
+        batches = np.array(int(state.batches), np.int64).astype(np.int32)
+        read = ([leaves[i] for i in self._reads], read_window, state.key, step, batches)
         return (consumed, consumed_window), read
 
     def join(self, consumed: Any, read: Any) -> TrainState:
@@ -131,9 +136,9 @@ class Programs:
             state,
             batch,
             lr,
-            step=np.array(state.step + steps, np.int32),
-            batches=np.array(state.batches + batches, np.int32),
-            pending=np.array(state.pending + 1 if call.only_adds else 0, np.int32),
+            step=np.array(int(state.step) + steps, np.int64),
+            batches=np.array(int(state.batches) + batches, np.int64),
+            pending=np.array(int(state.pending) + 1 if call.only_adds else 0, np.int64),
         )
 
     def _see(self, index: int, loss: Loss) -> None:

@@ -21,9 +21,10 @@ class TrainState(Packable):
       model_state: what the loss function returns as such; None if it has none.
       scale_state: the state of the dynamic loss scale; None without one.
       key: the run's key; it never changes. The key of a batch follows from it and from `batches`.
-      step: finished windows, skipped ones included; a 0-d int32 of the host.
-      batches: batches seen; a 0-d int32 of the host.
-      pending: batches in the unfinished window; a 0-d int32 of the host.
+      step: finished windows, skipped ones included; a 0-d int64 of the host. Programs are given 32 bits of it: past
+        2**31 - 1 a loss function sees that number.
+      batches: batches seen; a 0-d int64 of the host. Keys follow from its last 32 bits.
+      pending: batches in the unfinished window; a 0-d int64 of the host.
       window: what is summed of the unfinished window; None where none is pending.
       configuration: what the update is made of, as JSON: the parts, their paths and optimizers, the accumulation, the
         phases. Static; a checkpoint is checked against it.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from functrain.errors import LossError, UpdateError
 from functrain.gradients.loss import Context, Loss
@@ -137,7 +138,7 @@ class Step:
         self, state: TrainState, grads: Any, metrics: Metrics, model_state: Any, lr: Any, *, measured: bool
     ) -> tuple[TrainState, Metrics]:
         """The state after an optimizer step with these gradients, which ends the window."""
-        state = dataclasses.replace(state, model_state=model_state, step=state.step + 1)
+        state = dataclasses.replace(state, model_state=model_state, step=optax.safe_increment(state.step))
 
         def step() -> _Stepped:
             return self._applied(state, grads, metrics["loss"], lr, measured=measured)

@@ -282,7 +282,7 @@ class Update:
         if int(state.pending) == 0 or self.options.remainder == "carry":
             return state, {}
         if self.options.remainder == "drop":
-            return dataclasses.replace(state, window=None, pending=np.zeros((), np.int32)), {}
+            return dataclasses.replace(state, window=None, pending=np.zeros((), np.int64)), {}
         call = Call("flush", (self.schedule.turn(int(state.step)),))
         return self._programs.run(call, state, None, None, batches=0, steps=1)
 

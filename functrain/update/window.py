@@ -4,9 +4,12 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from functrain.errors import UpdateError
 from functrain.gradients.accumulation import Accumulated, accumulate, zeros
 from functrain.tree.arrays import wide
+from functrain.tree.paths import flatten, structure_difference
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +39,13 @@ class Window:
 
 
 def add_to_window(window: Window | None, grads: Any, metrics: Any, weight: Any) -> Window:
-    """The window with one batch more; None is a window that begins."""
+    """The window with one batch more; None is a window that begins.
+
+    Raises:
+      UpdateError: the metrics are not those of the batches before it.
+    """
+    if window is not None:
+        _check_metrics(metrics, window.metrics)
     before = None if window is None else Accumulated((window.grads, window.metrics), window.weight)
     acc = accumulate(before, (grads, jax.tree.map(wide, metrics)), weight=weight)
     of_grads, of_metrics = acc.sums
@@ -48,3 +57,19 @@ def empty_window(grads: Any, metrics: Any) -> Window:
     acc = zeros((grads, jax.eval_shape(lambda metrics: jax.tree.map(wide, metrics), metrics)))
     of_grads, of_metrics = acc.sums
     return Window(of_grads, of_metrics, acc.weights)
+
+
+def _check_metrics(metrics: Any, sums: Any) -> None:
+    """Raises for metrics that can't be added, as of a loss function that was changed while its window was saved."""
+    differs = structure_difference(metrics, sums)
+    if not differs:
+        before = {name: jnp.shape(leaf) for name, leaf in flatten(sums).items()}
+        shapes = {name: jnp.shape(leaf) for name, leaf in flatten(metrics).items()}
+        others = [name for name in before if shapes[name] != before[name]]
+        differs = "".join(f"has {name!r} of shape {shapes[name]}, not {before[name]}" for name in others[:1])
+    if differs:
+        raise UpdateError(
+            "the metrics of this batch do not fit those of the batches before it, in the window that is pending: the"
+            f" tree {differs}; return the same until the window is ended, or go on without it, in fit in run_started of"
+            " a hook: run.state = dataclasses.replace(run.state, window=None, pending=np.array(0))"
+        )

@@ -1,12 +1,15 @@
 """Hooks, the one that stops a run early, and what is best."""
 
+import dataclasses
 import re
+import warnings
 
 import numpy as np
 import pytest
-from runs import Recorder, bits, counted, data_of, scripted, start, update_of
+from runs import Recorder, X, Y, bits, counted, data_of, loss_fn, scripted, start, update_of
 
 import functrain as ft
+from functrain.errors import UpdateError
 
 
 def test_hooks_are_told_each_event_once_and_in_order(tmp_path):
@@ -105,9 +108,52 @@ def test_a_hook_that_is_added_leaves_the_others_what_they_saved(tmp_path):
     ft.fit(*counted(update_of()), steps=3, checkpoints=ft.Checkpoints(tmp_path), hooks=[Averaging()])
     hook = Averaging()
     stop = ft.EarlyStopping("valid/loss", patience=2)
-    ft.fit(*counted(update_of()), steps=3, checkpoints=ft.Checkpoints(tmp_path), hooks=[hook], stop=stop)
+    told = "hooks: 'functrain.loop.hooks.EarlyStopping' finds no state in the checkpoint and begins anew; to go on"
+    with pytest.warns(UserWarning, match=f"^{re.escape(told)}") as caught:
+        ft.fit(*counted(update_of()), steps=3, checkpoints=ft.Checkpoints(tmp_path), hooks=[hook], stop=stop)
+    assert caught[0].filename == __file__
     assert hook.count == 3
     assert np.isnan(stop.best)
+
+
+def counting(module, name="Counting"):
+    """A class of hooks as a module would have it that the program imports."""
+    return type(name, (Averaging,), {"__module__": module, "__qualname__": name})()
+
+
+def hooked(directory, *hooks):
+    """A run of three steps, which an earlier one has made; and what was told of it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ft.fit(*counted(update_of()), steps=3, checkpoints=ft.Checkpoints(directory), hooks=hooks)
+    return [hook.count for hook in hooks], [str(each.message) for each in caught]
+
+
+def test_a_hook_whose_module_was_renamed_takes_back_its_state(tmp_path):
+    hooked(tmp_path, counting("before"))
+    assert hooked(tmp_path, counting("after.it")) == ([3], [])
+
+
+def test_hooks_of_one_name_take_their_states_by_their_module_and_else_by_their_place(tmp_path):
+    saved = [counting(name) for name in ("one", "two", "three")]
+    for number, hook in enumerate(saved):
+        hook.count = 10 * number
+    hooked(tmp_path, *saved)
+    assert hooked(tmp_path, *(counting(name) for name in ("three", "new", "one"))) == ([23, 13, 3], [])
+
+
+def test_a_state_that_no_hook_takes_back_is_told_and_so_is_a_hook_that_finds_none(tmp_path):
+    hooked(tmp_path, counting("m", "Former"))
+    counts, told = hooked(tmp_path, counting("m", "Renamed"))
+    assert counts == [0]
+    assert told == [
+        "hooks: the checkpoint has the state of 'm.Former', which no hook takes back; 'm.Renamed' finds no state in the"
+        " checkpoint and begins anew; to go on with it, give the class the name under which it was saved"
+    ]
+    assert hooked(tmp_path) == (
+        [],
+        [told[0].replace("; 'm.Renamed' finds no state in the checkpoint and begins anew", "")],
+    )
 
 
 def test_a_hook_ends_a_run_after_the_update_under_way():
@@ -214,3 +260,27 @@ def test_a_checkpoint_has_the_results_of_its_own_step_only(tmp_path):
     ft.fit(update, state, data, steps=3, evaluation=scripted(5, every=ft.Every(updates=2)), checkpoints=checkpoints)
     like = update.abstract(start())
     assert [checkpoints.restore(like=like, step=step).metrics for step in (1, 2, 3)] == [{}, {"valid/loss": 5.0}, {}]
+
+
+class Dropping(ft.Hook):
+    def run_started(self, run):
+        run.state = dataclasses.replace(run.state, window=None, pending=np.array(0))
+
+
+def test_a_hook_may_drop_a_window_that_was_saved_with_other_metrics(tmp_path):
+    def fit(name, batches, hooks=()):
+        def named(params, batch):
+            return ft.Loss(loss_fn(params, batch).value, metrics={name: 1.0})
+
+        data = ft.from_arrays({"x": X[: 2 * batches], "y": Y[: 2 * batches]}, batch_size=2, shuffle=False)
+        update = update_of(named, accumulate=4, remainder="carry")
+        return ft.fit(
+            update, update.init(start()), data, epochs=1 + (name == "new"), checkpoints=ft.Checkpoints(tmp_path),
+            hooks=hooks,
+        ).state  # fmt: skip
+
+    assert int(fit("old", 2).pending) == 2
+    with pytest.raises(UpdateError, match="do not fit those of the batches before it"):
+        fit("new", 2)
+    state = fit("new", 2, [Dropping()])
+    assert (int(state.step), int(state.batches), int(state.pending)) == (0, 4, 2)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -111,6 +112,36 @@ def test_what_is_no_number_is_in_the_results_and_not_in_the_log(tmp_path):
         assert result.results["valid/confusion"].tolist() == [[1, 0], [0, 2]]
         (row,) = result.history
         assert row.keys() == {"step", "epoch", "valid/loss"}
+
+
+RESULTS = {
+    "counts": np.array([[1, 2], [3, 4]], np.int32),
+    "scores": np.array([0.1, np.nan, -np.inf], np.float32),
+    "half": jnp.array([1.1, 2.0], jnp.bfloat16),
+    "are": np.array([True, False]),
+    "bytes": np.arange(3, dtype=np.uint8)[:, None],
+    "none": np.zeros((0, 2), np.float16),
+    "number": 0.1,
+    "count": 3,
+    "listed": [1, 2.5],
+}
+
+
+def test_the_results_of_a_run_that_goes_on_have_the_dtypes_and_shapes_that_they_had(tmp_path):
+    metrics = {name: ft.OnHost(lambda x, value=value: value, "x") for name, value in RESULTS.items()}
+    evaluation = ft.Evaluation(lambda params, batch: {"x": batch["x"]}, [{"x": np.ones(2)}], metrics=metrics)
+    for _ in ("evaluated", "as it was saved"):
+        results = ft.fit(
+            *counted(update_of()), epochs=1, evaluation=evaluation, checkpoints=ft.Checkpoints(tmp_path)
+        ).results
+        for name, value in RESULTS.items():
+            found = results[f"valid/{name}"]
+            if hasattr(value, "dtype"):
+                assert (found.dtype, found.shape) == (value.dtype, value.shape), name
+                assert np.asarray(found).tobytes() == np.asarray(value).tobytes()
+                assert isinstance(found, np.ndarray | jax.Array)
+            else:
+                assert (found, type(found)) == (value, type(value))
 
 
 def test_the_history_of_a_run_that_goes_on_is_that_of_one_that_was_never_stopped(tmp_path):

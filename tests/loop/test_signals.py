@@ -1,9 +1,11 @@
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import warm
@@ -168,6 +170,73 @@ def test_it_can_be_entered_again():
         send(signal.SIGTERM)
         assert signals.should_stop(2)
     assert signals.received == signal.SIGTERM
+
+
+# What is waited for
+
+
+@pytest.mark.parametrize("number", BOTH)
+def test_a_first_signal_ends_a_wait(number):
+    with StopSignals() as signals:
+        assert signals.awaited(lambda: send(number) or time.sleep(1000)) is None
+        assert signals.should_stop(1)
+    assert signals.received == number
+
+
+def test_what_waits_cannot_take_the_signal_for_an_error_of_its_own():
+    def stubborn():
+        while True:
+            try:
+                send(signal.SIGTERM)
+                time.sleep(1000)
+            except Exception:
+                pass
+
+    with StopSignals() as signals:
+        assert signals.awaited(stubborn) is None
+
+
+def test_nothing_is_waited_for_after_a_signal():
+    with StopSignals() as signals:
+        send(signal.SIGTERM)
+        assert signals.awaited(time.sleep, 1000) is None
+
+
+def test_a_wait_gives_what_it_found_and_a_signal_after_it_is_only_recorded():
+    batches = iter([1])
+    with StopSignals() as signals:
+        assert signals.awaited(next, batches) == 1
+        with pytest.raises(StopIteration):
+            signals.awaited(next, batches)
+        send(signal.SIGTERM)
+    assert signals.received == signal.SIGTERM
+
+
+def test_a_second_signal_stops_a_wait_that_takes_its_time_to_end():
+    def slow():
+        try:
+            send(signal.SIGTERM)
+        finally:
+            send(signal.SIGTERM)
+
+    with pytest.raises(SystemExit), StopSignals() as signals:
+        signals.awaited(slow)
+
+
+def test_a_signal_at_any_instant_of_a_wait_ends_it_or_comes_after_it():
+    """Sent by another thread, at every place of the interpreter's, many times over."""
+    for attempt in range(200):
+        given = itertools.count()
+        with StopSignals() as signals:
+            timer = threading.Timer(0.0005 * (attempt % 7), send, [signal.SIGTERM])
+            timer.start()
+            seen = []
+            while not signals.should_stop(0):
+                seen.append(signals.awaited(next, given))
+            timer.join()
+        ended = seen.index(None) if None in seen else len(seen)
+        assert seen == [*range(ended), *[None] * (len(seen) - ended)]
+        assert len(seen) - ended <= 1
 
 
 def test_outside_the_main_thread_nothing_is_installed():

@@ -1,5 +1,7 @@
 """What an update computes: steps, windows, scans, and what it gives a loss function."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,7 @@ def test_counters_are_integers_of_the_host():
     state, _ = run(update, update.init(params), batches_of(3))
     for counter, value in ((state.step, 1), (state.batches, 3), (state.pending, 1)):
         assert isinstance(counter, np.generic | np.ndarray)
-        assert (counter.dtype, counter.shape, int(counter)) == (np.int32, (), value)
+        assert (counter.dtype, counter.shape, int(counter)) == (np.int64, (), value)
 
 
 # Accumulation
@@ -428,3 +430,68 @@ def test_the_loss_reaches_transforms_that_take_a_value():
     for _ in range(4):
         _, expected = tx.update({"w": jnp.float32(0.0)}, expected, params, value=1.0)
     assert float(state.opt_state["w"][-1].scale) == float(expected[-1].scale) < 1
+
+
+# Counters past 32 bits
+
+
+def from_step(state, number):
+    """The same state, after so many steps and batches."""
+    counters = {name: np.asarray(number, np.int64) for name in ("step", "batches")}
+    return dataclasses.replace(state, **counters)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("way", ["call", "scan"])
+def test_counters_go_on_past_32_bits(way, accumulate):
+    """The loss function and `after` see the last step that 32 bits hold; a batch has a key of its own."""
+    params, seen = linear_params(), []
+
+    def noisy(params, batch, key, step):
+        noise = jax.random.normal(key, ())
+        return ft.Loss(loss_fn(params, batch) * (1 + 0 * noise), metrics={"noise": noise, "step": step})
+
+    def after(params, model_state, step):
+        jax.debug.callback(seen.append, step, ordered=True)
+        return params, model_state
+
+    update = ft.make_update(noisy, optimizer_of(params), accumulate=accumulate, after=after)
+    first = 2**31 - 3
+    state = from_step(update.init(params, key=jax.random.key(0)), first)
+    batches, found = batches_of(6 * accumulate), []
+    if way == "scan":
+        state, found = update.scan(state, batches)
+        noise, steps = found["noise"], found["step"]
+    else:
+        for batch in batches:
+            state, metrics = update(state, batch)
+            if not int(state.pending):
+                found.append(metrics)
+        noise, steps = ([float(each[name]) for each in found] for name in ("noise", "step"))
+    jax.effects_barrier()
+    assert (int(state.step), int(state.batches)) == (first + 6, first + 6 * accumulate)
+    assert {counter.dtype for counter in (state.step, state.batches, state.pending)} == {np.dtype(np.int64)}
+    assert len({float(each) for each in noise}) == 6
+    last = 2**31 - 1
+    assert [int(step) for step in seen] == [first + 1, *[last] * 5]
+    if accumulate == 1:
+        assert [int(np.float32(step)) for step in steps] == [
+            int(np.float32(each)) for each in (first, first + 1, *[last] * 4)
+        ]
+
+
+def test_counters_of_another_size_compile_nothing_and_change_no_bit():
+    """As of a state that a program of one's own gave back, or that was saved when counters had 32 bits."""
+    params = linear_params()
+    update = ft.make_update(loss_fn, optimizer_of(params))
+    states, sizes = [], []
+    for dtype in (np.int64, np.int32, jnp.int32):
+        counters = {name: dtype(0) for name in ("step", "batches", "pending")}
+        state = dataclasses.replace(update.init(params), **counters)
+        for batch in batches_of(3):
+            state, _ = update(state, batch)
+        states.append(leaves_of(state))
+        (program,) = update._programs.kept.values()
+        sizes.append(program.jitted._cache_size())
+    assert states[0] == states[1] == states[2]
+    assert sizes == [1, 1, 1]

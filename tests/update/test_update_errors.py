@@ -247,3 +247,35 @@ def test_a_set_of_losses_that_changes_between_calls_is_an_error():
     state, _ = update(update.init(params), jnp.ones(4))
     with pytest.raises(ft.LossError, match="returned the losses 'main', and before 'aux', 'main': return"):
         update(state, jnp.ones(2))
+
+
+def metrics_loss(**metrics):
+    return lambda params, batch: ft.Loss(loss_fn(params, batch), metrics=metrics)
+
+
+@pytest.mark.parametrize(
+    ("now", "differs"),
+    [
+        ({"accuracy": 1.0}, "lacks 'acc' and has 'accuracy', which is not expected"),
+        ({}, "lacks 'acc'"),
+        ({"acc": jnp.ones(2)}, "has 'acc' of shape (2,), not ()"),
+    ],
+)
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_window_goes_on_with_the_metrics_with_which_it_was_begun(now, differs, batches):
+    """Which was saved, say, before the loss function was changed."""
+    params = linear_params()
+    begun, changed = (
+        ft.make_update(metrics_loss(**metrics), optimizer_of(params), accumulate=3) for metrics in ({"acc": 1.0}, now)
+    )
+    state, _ = run(begun, begun.init(params), batches_of(batches))
+    problem = (
+        "the metrics of this batch do not fit those of the batches before it, in the window that is pending: the tree"
+        f" {differs}; return the same until the window is ended, or go on without it, in fit in run_started of a"
+        " hook: run.state = dataclasses.replace(run.state, window=None, pending=np.array(0))"
+    )
+    with pytest.raises(ft.UpdateError, match=f"^{re.escape(problem)}"):
+        changed(state, batches_of(1)[0])
+    state = dataclasses.replace(state, window=None, pending=np.array(0))
+    state, _ = changed(state, batches_of(1)[0])
+    assert (int(state.step), int(state.pending)) == (0, 1)

@@ -5,7 +5,7 @@ import json
 from typing import Any, Self
 
 from functrain.loop.checkpoint.contents import Contents
-from functrain.loop.checkpoint.leaves import WINDOW, leaf_spec, named_fields, named_leaves
+from functrain.loop.checkpoint.leaves import COUNTERS, WINDOW, leaf_spec, named_fields, named_leaves
 from functrain.tree.arrays import committed_sharding, replicated_over
 from functrain.update.state import TrainState
 
@@ -56,7 +56,10 @@ def differences(contents: Contents, asked: Asked) -> list[str]:
 
 def of_leaves(contents: Contents, asked: Asked) -> list[str]:
     """The leaves that were renamed, are missing, or have another shape or dtype."""
-    before, now = contents.leaves, asked.specs
+    # Counters may have 32 or 64 bits: any of them is taken.
+    before, now = (
+        {name: spec for name, spec in specs.items() if name not in COUNTERS} for specs in (contents.leaves, asked.specs)
+    )
     lines = [
         f"{name}: saved as {before[name]}, now {now[name]}"
         for name in before

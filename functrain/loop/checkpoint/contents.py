@@ -9,6 +9,8 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, Self
 
+import jax
+
 from functrain.errors import CheckpointError
 from functrain.loop.checkpoint.leaves import WINDOW, leaf_spec, window_containers
 from functrain.loop.checkpoint.packs import packs_of
@@ -61,6 +63,7 @@ class Contents:
       configuration: what the update was made of.
       beside: what the caller saved with the state.
       versions: of the packages that wrote it.
+      optimizer_leaves: how many leaves the optimizer state of each part has, in the order of `leaves`.
       format: the number of this format.
     """
 
@@ -71,6 +74,7 @@ class Contents:
     configuration: dict[str, Any]
     beside: Beside
     versions: dict[str, str]
+    optimizer_leaves: dict[str, int] = dataclasses.field(default_factory=dict)
     format: int = FORMAT
 
     @classmethod
@@ -89,6 +93,7 @@ class Contents:
             configuration=json.loads(state.configuration),
             beside=beside,
             versions=_versions(),
+            optimizer_leaves={part: len(jax.tree.leaves(state.opt_state[part])) for part in sorted(state.opt_state)},
         )
 
     @property

@@ -55,7 +55,7 @@ def read(storage: Storage, checkpoint: Path, asked: Asked, *, regroup: bool) -> 
     if differs:
         leaves, report = regrouped(leaves, contents, asked)
     values = unflatten({name: leaf for name, leaf in leaves.items() if not name.startswith(WINDOW)}, like=asked.fields)
-    counters = {name: np.asarray(values[name], np.int32) for name in COUNTERS}
+    counters = {name: np.asarray(values[name], np.int64) for name in COUNTERS}
     state = TrainState(
         **{**dict.fromkeys(FIELDS), **values, **counters}, window=window, configuration=asked.written_configuration
     )

@@ -1,5 +1,6 @@
 """A checkpoint taken into another partition, or to other optimizers."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from functrain.errors import CheckpointError
 from functrain.loop.checkpoint.asked import Asked, of_leaves
 from functrain.loop.checkpoint.contents import Contents
 from functrain.optim.adoption import Adoption, adopted
+from functrain.tree.paths import flatten
 from functrain.tree.text import listed_lines
 
 _PREFIX = "opt_state/"
@@ -37,7 +39,8 @@ def regrouped(leaves: Mapping[str, Any], contents: Contents, asked: Asked) -> tu
         raise CheckpointError("regroup=True needs the values that new state starts with: like=update.init(params, ...)")
     new_paths, old_paths = asked.configuration["parts"], contents.configuration["parts"]
     before = {name: leaves[name] for name in contents.leaves if name.startswith(_PREFIX)}
-    new, old = _by_part(now, new_paths), _by_part(before, old_paths)
+    new = {part: flatten(state) for part, state in asked.fields["opt_state"].items()}
+    old = _by_part(before, contents.optimizer_leaves or _counted(before, old_paths))
     states, report = adopted(new, old, new_paths, old_paths)
     kept = {name: leaf for name, leaf in leaves.items() if name not in before}
     for part, flat in states.items():
@@ -48,11 +51,23 @@ def regrouped(leaves: Mapping[str, Any], contents: Contents, asked: Asked) -> tu
     return kept, report
 
 
-def _by_part(named: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The leaves of optimizer states by part."""
-    split: dict[str, dict[str, Any]] = {}
-    for name, leaf in named.items():
-        rest = name.removeprefix(_PREFIX)
-        part = max((part for part in parts if f"{rest}/".startswith(f"{part}/")), key=len)
-        split.setdefault(part, {})[rest.removeprefix(part).removeprefix("/")] = leaf
-    return split
+def _by_part(named: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """The leaves of optimizer states by part: of one after the other, so many leaves."""
+    leaves = iter(named.items())
+    return {
+        part: {
+            name.removeprefix(f"{_PREFIX}{part}").removeprefix("/"): leaf
+            for name, leaf in itertools.islice(leaves, count)
+        }
+        for part, count in counts.items()
+    }
+
+
+def _counted(named: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, int]:
+    """The counts by the longest name that fits, for the first checkpoints of this format, which have none."""
+    counts: dict[str, int] = {}
+    for name in named:
+        rest = f"{name.removeprefix(_PREFIX)}/"
+        part = max((part for part in parts if rest.startswith(f"{part}/")), key=len)
+        counts[part] = counts.get(part, 0) + 1
+    return counts

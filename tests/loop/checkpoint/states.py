@@ -80,7 +80,7 @@ def updated(count, accumulate=1):
 def at(step, state, batches=None):
     """The same arrays as the state of another step."""
     numbers = {"step": step, "batches": step if batches is None else batches}
-    return dataclasses.replace(state, **{name: np.asarray(number, np.int32) for name, number in numbers.items()})
+    return dataclasses.replace(state, **{name: np.asarray(number, np.int64) for name, number in numbers.items()})
 
 
 def names(checkpoints):

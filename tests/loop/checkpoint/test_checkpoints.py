@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, to the bit."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -265,3 +266,21 @@ def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path, n
             checkpoints.save(state, **{name: {"position": np.int32(3)}})
         checkpoints.save(state)
     assert names(checkpoints) == ["1"]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, jnp.int32, np.int64])
+def test_counters_of_any_size_are_restored_with_64_bits(tmp_path, dtype):
+    """Those that were saved with 32 bits, and those that a program of one's own gave back."""
+    update, params, state = updated(1)
+    number = 7 if dtype != np.int64 else 2**31 + 7
+    state = dataclasses.replace(state, step=dtype(number), batches=dtype(number), pending=dtype(0))
+    with ft.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+    restored = ft.Checkpoints(tmp_path).restore(like=update.abstract(params))
+    assert restored.path.name == str(number)
+    for name, value in (("step", number), ("batches", number), ("pending", 0)):
+        counter = getattr(restored.state, name)
+        assert (int(counter), counter.dtype, counter.shape) == (value, np.int64, ())
+    ft.Checkpoints(tmp_path).restore(like=state)  # Nor does it matter what they are asked for as.
+    after, _ = update(restored.state, batch_of(1))
+    assert int(after.step) == number + 1
