@@ -1,6 +1,5 @@
 """NaN and infinity end a run, before they are saved as good, or returned."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import NonFiniteError
+from functrain.loop.warn import warn
 from functrain.tree.paths import flatten
 from functrain.tree.text import listed
 from functrain.update.state import TrainState
@@ -112,10 +112,9 @@ class Watch:
             if name in self._told or np.ndim(value) or np.isfinite(value):
                 continue
             self._told.add(name)
-            warnings.warn(
+            warn(
                 f"step {step}: the result {name!r} of an evaluation is {value}: it is never best and no improvement;"
-                " see which examples give it, jax.config.update('jax_debug_nans', True) says in which operation",
-                stacklevel=6,
+                " see which examples give it, jax.config.update('jax_debug_nans', True) says in which operation"
             )
 
     def _found(self, state: TrainState) -> NotFinite:

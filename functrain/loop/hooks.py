@@ -1,12 +1,12 @@
 """What watches a run: hooks, and the one that stops it early."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from functrain.errors import FitError
 from functrain.loop.run import Run
+from functrain.loop.warn import warn
 from functrain.tree.text import listed
 
 
@@ -153,7 +153,4 @@ def _tell(lost: Sequence[str], anew: Sequence[str]) -> None:
     said = [f"the checkpoint has the state of {listed(lost)}, which no hook takes back"] if lost else []
     said += [f"{listed(anew)} finds no state in the checkpoint and begins anew"] if anew else []
     if said:
-        warnings.warn(
-            f"hooks: {'; '.join(said)}; to go on with it, give the class the name under which it was saved",
-            stacklevel=5,
-        )
+        warn(f"hooks: {'; '.join(said)}; to go on with it, give the class the name under which it was saved")

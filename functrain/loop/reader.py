@@ -2,11 +2,11 @@
 
 import collections
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from functrain.loop.batches import are_alike
+from functrain.loop.warn import warn
 from functrain.loop.workers import Workers
 
 
@@ -60,10 +60,9 @@ class Reader:
             return
         self._is_resumable = _can_be_resumed(batches)
         if self.read and not (self._is_resumable and self._position is not None):
-            warnings.warn(
+            warn(
                 f"the data can't be resumed: epoch {epoch} starts again at its beginning, after {self.read} batches"
-                " of it; give data whose iterator has get_state and set_state, such as ft.from_arrays or Grain's",
-                stacklevel=6,
+                " of it; give data whose iterator has get_state and set_state, such as ft.from_arrays or Grain's"
             )
             self.read = 0
         self._batches, self._position = batches, None

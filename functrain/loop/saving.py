@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from functrain.loop.every import Every
 from functrain.loop.hooks import Hooks
 from functrain.loop.logs import flattened
 from functrain.loop.run import Run
+from functrain.loop.warn import warn
 from functrain.optim.learning_rate import rates_in
 from functrain.update.state import TrainState
 
@@ -55,7 +55,7 @@ class Saver:
         try:
             self.checkpoints.save(run.state, data=run.reader.position, metrics=scalars(run.evaluated), extra=extra)
         except SaveError as error:
-            warnings.warn(str(error), stacklevel=2)
+            warn(str(error))
             return
         self._saved = _counters(run)
         self._hooks.tell("checkpoint_saved", run)
@@ -68,12 +68,11 @@ class Saver:
             return None
         for part, rate in _constant_rates(restored.state).items():
             if given.get(part, rate) != rate:
-                warnings.warn(
+                warn(
                     f"part {part!r} goes on with the learning rate {rate:g} of the checkpoint, not with the"
                     f" {given[part]:g} that its optimizer was made with; to change it within a run, have a hook do so"
                     " in run_started: run.state = dataclasses.replace(run.state, opt_state="
-                    f"optim.with_learning_rates(run.state.opt_state, {{{part!r}: {given[part]:g}}}))",
-                    stacklevel=3,
+                    f"optim.with_learning_rates(run.state.opt_state, {{{part!r}: {given[part]:g}}}))"
                 )
         run.state = restored.state
         # One that was saved without `fit` has nothing but the state.

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -26,6 +25,7 @@ from functrain.loop.checkpoint.staging import Staging
 from functrain.loop.checkpoint.storage import Storage
 from functrain.loop.checkpoint.writer import Writer
 from functrain.loop.every import Every
+from functrain.loop.warn import warn
 from functrain.update.state import TrainState
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/.*")
@@ -115,7 +115,7 @@ class Checkpoints:
         if name is None:
             return
         if self._writer.failure is not None:
-            warnings.warn(f"{self._writer.failure}; saving again now", stacklevel=2)
+            warn(f"{self._writer.failure}; saving again now")
         leaves = named_leaves(state)
         self._writer.write(
             name,
@@ -203,7 +203,7 @@ class Checkpoints:
             try:
                 return "it is" if self.retention.is_best(metrics, self._folder.metrics()) else None
             except CheckpointError as error:
-                warnings.warn(f"{dict(metrics)} are taken for the best: {error}", stacklevel=4)
+                warn(f"{dict(metrics)} are taken for the best: {error}")
                 return "it may be"
 
         return found_by_first(found) is not None
@@ -234,7 +234,7 @@ class Checkpoints:
             if not self._writer.is_running:
                 self._storage.close()
             for text in finder.told:
-                warnings.warn(text, stacklevel=2)
+                warn(text)
 
     def start_anew(self) -> Path | None:
         """Moves all checkpoints, damaged ones too, to a folder "before-1", so that the next run is a new one.

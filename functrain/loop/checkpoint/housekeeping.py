@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import warnings
 from pathlib import Path
 
 from functrain.errors import SaveError
@@ -10,6 +9,7 @@ from functrain.loop.checkpoint import manifest
 from functrain.loop.checkpoint.folder import Folder
 from functrain.loop.checkpoint.retention import Retention
 from functrain.loop.checkpoint.staging import Staging
+from functrain.loop.warn import warn
 
 
 def retain(folder: Folder, staging: Staging, retention: Retention, newest: str) -> None:
@@ -33,7 +33,7 @@ def retain(folder: Folder, staging: Staging, retention: Retention, newest: str) 
             try:
                 staging.remove(entry.path)
             except OSError as error:
-                warnings.warn(f"the checkpoint {entry.path} could not be removed: {error}", stacklevel=2)
+                warn(f"the checkpoint {entry.path} could not be removed: {error}")
 
 
 def set_aside(checkpoint: Path) -> Path:

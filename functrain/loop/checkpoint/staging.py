@@ -8,13 +8,13 @@ import contextlib
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from functrain.loop.checkpoint import manifest
 from functrain.loop.checkpoint.durable import sync, sync_tree
+from functrain.loop.warn import warn
 
 OWN = ".functrain"
 _TRIES, _PAUSE = 20, 0.02  # Seconds.
@@ -51,7 +51,7 @@ class Staging:
             for left in (*self._written.iterdir(), *self._removed.iterdir()):
                 _delete(left)
         except OSError as error:
-            warnings.warn(f"what a killed process left in {self.directory} was not cleared: {error}", stacklevel=4)
+            warn(f"what a killed process left in {self.directory} was not cleared: {error}")
 
     def close(self) -> None:
         """Removes the folder, if nothing is in it."""

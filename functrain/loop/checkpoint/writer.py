@@ -1,6 +1,5 @@
 """Checkpoints written one after the other while training goes on."""
 
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -11,6 +10,7 @@ from functrain.errors import SaveError
 from functrain.loop.checkpoint.contents import Contents
 from functrain.loop.checkpoint.staging import Staging
 from functrain.loop.checkpoint.storage import Storage
+from functrain.loop.warn import warn
 
 
 class Writer:
@@ -95,7 +95,7 @@ class Writer:
             try:
                 then(name)
             except Exception as error:
-                warnings.warn(f"{self._staging.directory / name} is written, but: {error}", stacklevel=2)
+                warn(f"{self._staging.directory / name} is written, but: {error}")
 
     def _failed(self, name: str, error: Exception) -> SaveError:
         path = self._staging.directory / name

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from states import squares
+from states import SUMMARY, squares
 
 import functrain as ft
 from functrain.loop.checkpoint import manifest
@@ -64,6 +64,6 @@ def test_a_checkpoint_that_does_not_say_how_many_leaves_each_part_has_is_taken_t
     contents = json.loads(written.read_bytes())
     del contents["optimizer_leaves"]
     written.write_text(json.dumps(contents))
-    manifest.publish(tmp_path / "1", {})
+    manifest.write(tmp_path / "1", SUMMARY)
     restored = ft.Checkpoints(tmp_path).restore(like=after.init(PARAMS), regroup=True)
     assert moments(restored.state, after) == moments(state, before)
