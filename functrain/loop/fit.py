@@ -62,7 +62,7 @@ def fit(
     hooks: Sequence[Hook] = (),
     unroll: int = 1,
     sharding: jax.sharding.Sharding | None = None,
-    load_best_on_end: bool = False,
+    load_best_on_end: bool | str = False,
     regroup: bool = False,
     fresh: bool = False,
 ) -> Result:
@@ -98,7 +98,7 @@ def fit(
       unroll: turns of the update (windows, and with phases whole cycles) in one dispatch, `update.scan`; logs then have
         no norms by part.
       sharding: where batches go, those of evaluations too; by default as `jax.jit` has it.
-      load_best_on_end: return the state of the best checkpoint, by its `keep_best`.
+      load_best_on_end: return the state of the best checkpoint, by its `keep_best`; of several, the name of one.
       regroup: take a checkpoint of other parts or optimizers, and print what became of their state; see
         `Checkpoints.restore`.
       fresh: start a new run where there are checkpoints; they and their log are moved to a folder beside, and kept.
@@ -141,8 +141,8 @@ def fit(
             checkpoints.wait()
         if signals.received is not None:
             raise SystemExit(signals.exit_code)
-        if load_best_on_end and checkpoints:
-            _take_best(run, checkpoints, regroup=regroup)
+        if plan.best_at_end and checkpoints:
+            _take_best(run, checkpoints, plan.best_at_end, regroup=regroup)
     return Result(run.state, run.history, run.results, run.stopped, run.epoch)
 
 
@@ -178,9 +178,9 @@ def _go_through(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], N
         plan.hooks.tell("run_ended", run, error)
 
 
-def _take_best(run: Run, checkpoints: Checkpoints, *, regroup: bool) -> None:
+def _take_best(run: Run, checkpoints: Checkpoints, result: str, *, regroup: bool) -> None:
     """Gives the run the state of the best checkpoint, if there is one."""
-    if (best := checkpoints.best()) is not None:
+    if (best := checkpoints.best(result)) is not None:
         restored = checkpoints.restore(like=run.state, step=best, regroup=regroup)
         assert restored is not None
         _tell_regrouped(restored)

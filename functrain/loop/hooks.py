@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from functrain.errors import FitError
+from functrain.loop.checkpoint.retention import Mode, mode_of
 from functrain.loop.run import Run
 from functrain.loop.warn import warn
 from functrain.tree.text import listed
@@ -51,14 +52,18 @@ class EarlyStopping(Hook):
     Args:
       result: the name of a result, such as "valid/loss".
       patience: evaluations in a row without an improvement after which the run ends.
-      mode: "min" if smaller is better, "max" if larger.
+      mode: "min" if a smaller result is better, "max" if a larger one; of a loss or an error it need not be said.
       least: an improvement is larger than this.
     """
 
-    def __init__(self, result: str, *, patience: int, mode: Literal["min", "max"] = "min", least: float = 0.0) -> None:
-        if patience < 1 or mode not in ("min", "max"):
-            raise FitError(f"EarlyStopping(patience={patience}, mode={mode!r}): give at least 1, and 'min' or 'max'")
-        self.result, self.patience, self.mode, self.least = result, patience, mode, least
+    def __init__(self, result: str, *, patience: int, mode: Mode | None = None, least: float = 0.0) -> None:
+        if patience < 1:
+            raise FitError(f"EarlyStopping(patience={patience}): give at least 1")
+        try:
+            self.mode = mode_of(result, mode)
+        except ValueError as error:
+            raise FitError(f"EarlyStopping({result!r}): {error}") from None
+        self.result, self.patience, self.least = result, patience, least
         self.best, self.without, self._is_loaded = math.nan, 0, False
 
     def is_over(self, value: float) -> bool:

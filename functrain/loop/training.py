@@ -34,7 +34,19 @@ class Plan:
     hooks: Hooks
     evaluations: Sequence[Evaluation]
     saver: Saver | None
-    load_best_on_end: bool
+    load_best_on_end: bool | str
+
+    @property
+    def kept_best(self) -> Sequence[str]:
+        """The results of which the best checkpoint is kept."""
+        return [*self.saver.checkpoints.retention.best] if self.saver else []
+
+    @property
+    def best_at_end(self) -> str | None:
+        """The result by which the best state is returned; None where that is not asked for, or can't be told."""
+        if isinstance(self.load_best_on_end, str):
+            return self.load_best_on_end if self.load_best_on_end in self.kept_best else None
+        return self.kept_best[0] if self.load_best_on_end and len(self.kept_best) == 1 else None
 
     def __post_init__(self) -> None:
         if self.epochs is None and self.steps is None:
@@ -44,11 +56,14 @@ class Plan:
         names = [evaluation.name for evaluation in self.evaluations]
         if len({*names}) < len(names):
             raise FitError(f"two evaluations have one name: {names}; give each its own, Evaluation(..., name=)")
-        best = self.saver.checkpoints.retention.best if self.saver else None
-        if best is not None and best.partition("/")[0] not in names:
-            raise FitError(f"keep_best={best!r}: the evaluations are {names}; name a result of one, 'valid/loss'")
-        if self.load_best_on_end and best is None:
-            raise FitError("load_best_on_end=True needs checkpoints=ft.Checkpoints(..., keep_best='valid/loss')")
+        for best in self.kept_best:
+            if best.partition("/")[0] not in names:
+                raise FitError(f"keep_best={best!r}: the evaluations are {names}; name a result of one, 'valid/loss'")
+        if self.load_best_on_end and self.best_at_end is None:
+            raise FitError(
+                "load_best_on_end=True needs checkpoints=ft.Checkpoints(..., keep_best='valid/loss'); of several, name"
+                " the one to go by, load_best_on_end='valid/loss'"
+            )
         everies = [evaluation.every for evaluation in self.evaluations]
         everies += [self.saver.checkpoints.every] if self.saver else []
         if jax.process_count() > 1 and any(every.minutes is not None for every in everies):
@@ -154,8 +169,8 @@ def _evaluate(run: Run, plan: Plan, due: Sequence[Evaluation]) -> None:
         run.evaluated |= {f"{evaluation.name}/{name}": value for name, value in found.items()}
     run.watch.tell_results(run.step, run.evaluated)
     run.results |= run.evaluated
-    best = None if plan.saver is None else plan.saver.checkpoints.retention.best
-    if best is not None and best not in run.results and all(each in due for each in plan.evaluations):
-        raise FitError(f"keep_best={best!r}: the results are {sorted(run.results)}; name one of them")
+    missing = [best for best in plan.kept_best if best not in run.results]
+    if missing and all(each in due for each in plan.evaluations):
+        raise FitError(f"keep_best={missing[0]!r}: the results are {sorted(run.results)}; name one of them")
     plan.rows.add(run, scalars(run.evaluated))
     plan.hooks.tell("evaluation_ended", run)

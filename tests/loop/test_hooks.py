@@ -212,16 +212,23 @@ def test_one_early_stopping_may_serve_two_runs():
 
 
 def test_a_result_that_there_is_not_is_told_by_the_first_evaluation():
-    stop = ft.EarlyStopping("valid/accuracy", patience=1)
+    stop = ft.EarlyStopping("valid/accuracy", patience=1, mode="max")
     problem = "EarlyStopping('valid/accuracy'): the results are ['valid/loss']; name one of them"
     with pytest.raises(ValueError, match=re.escape(problem)):
         ft.fit(*counted(update_of()), epochs=2, evaluation=scripted(1, 2), stop=stop)
 
 
-@pytest.mark.parametrize("options", [{"patience": 0}, {"patience": 1, "mode": "least"}])
-def test_early_stopping_needs_patience_and_a_direction(options):
-    with pytest.raises(ValueError, match=r"EarlyStopping\(patience=.*give at least 1, and 'min' or 'max'"):
-        ft.EarlyStopping("valid/loss", **options)
+@pytest.mark.parametrize(
+    ("result", "options", "told"),
+    [
+        ("valid/loss", {"patience": 0}, "EarlyStopping(patience=0): give at least 1"),
+        ("valid/loss", {"patience": 1, "mode": "least"}, "mode='least': write 'min' or 'max'"),
+        ("valid/accuracy", {"patience": 1}, "is 'valid/accuracy' better when it is larger? Write mode='max'"),
+    ],
+)
+def test_early_stopping_needs_patience_and_a_direction(result, options, told):
+    with pytest.raises(ft.FitError, match=re.escape(told)):
+        ft.EarlyStopping(result, **options)
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 1)])

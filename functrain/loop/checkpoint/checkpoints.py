@@ -6,12 +6,13 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import jax
 
 from functrain.errors import CheckpointError, SaveError
 from functrain.loop.checkpoint.asked import Asked
+from functrain.loop.checkpoint.best import best_in, is_best
 from functrain.loop.checkpoint.contents import Beside, Contents
 from functrain.loop.checkpoint.finding import Finder
 from functrain.loop.checkpoint.folder import Folder
@@ -20,7 +21,7 @@ from functrain.loop.checkpoint.leaves import named_leaves
 from functrain.loop.checkpoint.lock import Lock
 from functrain.loop.checkpoint.processes import found_by_first
 from functrain.loop.checkpoint.reading import Restored
-from functrain.loop.checkpoint.retention import Retention
+from functrain.loop.checkpoint.retention import Mode, Retention
 from functrain.loop.checkpoint.staging import Staging
 from functrain.loop.checkpoint.storage import Storage
 from functrain.loop.checkpoint.writer import Writer
@@ -57,8 +58,9 @@ class Checkpoints:
       directory: a folder on a local or mounted file system; it is made.
       every: when `fit` saves; by default at the end of each epoch. Read by nothing but `fit`.
       keep_last: how many of the newest to keep.
-      keep_best: a metric, such as "valid/loss", of which the best checkpoint is kept too; NaN is never best.
-      mode: "min" if smaller is better, "max" if larger.
+      keep_best: a metric, such as "valid/loss", of which the best checkpoint is kept too; NaN is never best. Several,
+        each with its mode: {"valid/loss": "min", "valid/accuracy": "max"}.
+      mode: "min" if a smaller metric is better, "max" if a larger one; of a loss or an error it need not be said.
       asynchronous: False to have `save` return when all is on disk.
       lock: False on a file system without locks, where you see to it that one process writes at a time.
 
@@ -72,8 +74,8 @@ class Checkpoints:
         *,
         every: Every | None = None,
         keep_last: int = 2,
-        keep_best: str | None = None,
-        mode: Literal["min", "max"] = "min",
+        keep_best: str | Mapping[str, Mode] | None = None,
+        mode: Mode | None = None,
         asynchronous: bool = True,
         lock: bool = True,
     ) -> None:
@@ -81,7 +83,7 @@ class Checkpoints:
             raise CheckpointError(f"{os.fspath(directory)!r} is no folder: mount the storage, and give the path there")
         self.directory = Path(directory).absolute()
         self.every = every or Every(epochs=1)
-        self.retention = Retention(keep_last, keep_best, mode)
+        self.retention = Retention.of(keep_last, keep_best, mode)
         self._asynchronous = asynchronous
         self._folder, self._lock = Folder(self.directory), Lock(self.directory, wanted=lock)
         self._staging, self._storage = Staging(self.directory), Storage()
@@ -125,6 +127,7 @@ class Checkpoints:
                 "batches": int(state.batches),
                 "content": beside.checksum,
                 "metrics": beside.metrics,
+                "best": self.retention.best,
                 "time": time.time(),
             },
             then=lambda newest: retain(self._folder, self._staging, self.retention, newest),
@@ -187,26 +190,25 @@ class Checkpoints:
         """The folders of the checkpoints, oldest first."""
         return self._folder.checkpoints()
 
-    def best(self) -> Path | None:
-        """The folder of the best checkpoint by `keep_best`; None if no checkpoint has a finite value of it."""
-        name = self.retention.best_of(self._folder.metrics())
-        return None if name is None else self.directory / name
+    def best(self, metric: str | None = None) -> Path | None:
+        """The folder of the best checkpoint; None if no checkpoint has a finite value of the metric.
+
+        Args:
+          metric: one of `keep_best`, of these checkpoints or of those that wrote the newest; not needed if it is one.
+
+        Raises:
+          CheckpointError: they keep no best by that metric.
+        """
+        return best_in(self._folder, self.retention, metric)
 
     def is_best(self, metrics: Mapping[str, Any]) -> bool:
         """Whether the metrics have a finite value of `keep_best` that is better than that of every checkpoint."""
-        if self.retention.best is None:
+        if not self.retention.best:
             return False
         with contextlib.suppress(SaveError):
             self.wait()
-
-        def found() -> str | None:
-            try:
-                return "it is" if self.retention.is_best(metrics, self._folder.metrics()) else None
-            except CheckpointError as error:
-                warn(f"{dict(metrics)} are taken for the best: {error}")
-                return "it may be"
-
-        return found_by_first(found) is not None
+        found = found_by_first(lambda: "it is" if is_best(self._folder, self.retention, metrics) else None)
+        return found is not None
 
     def restore(self, like: TrainState, *, step: int | Path | None = None, regroup: bool = False) -> Restored | None:
         """Reads the newest sound checkpoint; a save that is going on is waited for.

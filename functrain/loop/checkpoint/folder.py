@@ -6,7 +6,8 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from functrain.errors import CheckpointError, SaveError
 from functrain.loop.checkpoint import manifest
@@ -55,6 +56,7 @@ class Entry(NamedTuple):
       metrics: that were saved with it.
       batches: seen before it; None where its manifest does not say it.
       content: what tells it from another one of the same state; None where its manifest does not say it.
+      best: the metrics of which the best was kept when it was written, and the mode of each.
     """
 
     path: Path
@@ -63,6 +65,7 @@ class Entry(NamedTuple):
     metrics: dict[str, float]
     batches: int | None = None
     content: int | None = None
+    best: Mapping[str, Any] = MappingProxyType({})
 
 
 class Folder:
@@ -189,7 +192,8 @@ class Folder:
         is_verified = f"{name}{manifest.SUFFIX}" in listed
         with contextlib.suppress(ValueError, OSError):
             if is_verified and (said := insisted(lambda: manifest.load(path))) is not None:
-                return Entry(path, is_there, is_verified, said["metrics"], said["batches"], said["content"])
+                numbers = said["metrics"], said["batches"], said["content"]
+                return Entry(path, is_there, is_verified, *numbers, said.get("best", {}))
         if is_there and _has_contents(path):
             return Entry(path, is_there, is_verified, {} if is_verified else _metrics(path))
         return None

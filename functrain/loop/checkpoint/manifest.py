@@ -108,8 +108,8 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def _is_manifest(body: Mapping[str, Any]) -> bool:
-    files, metrics = body.get("files"), body.get("metrics")
-    if not isinstance(files, dict) or not isinstance(metrics, dict):
+    files, metrics, best = body.get("files"), body.get("metrics"), body.get("best", {})
+    if not isinstance(files, dict) or not isinstance(metrics, dict) or not isinstance(best, dict):
         return False
     numbers = [body.get("batches"), body.get("content"), *metrics.values()]
     entries = [isinstance(entry, list) and [*map(type, entry)] == [int, int] for entry in files.values()]

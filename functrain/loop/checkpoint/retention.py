@@ -2,60 +2,93 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
 from functrain.errors import CheckpointError
 
 Metrics = Mapping[str, Mapping[str, float]]
 """The metrics of each checkpoint by its name, oldest first."""
 
+Mode = Literal["min", "max"]
+
+_LOSSES = re.compile(
+    r"(.*[/_. -])?(loss|losses|error|errors|nll|mse|rmse|mae|perplexity|cross.?entropy)", re.IGNORECASE
+)
+
+
+def mode_of(result: str, mode: Mode | None) -> Mode:
+    """Whether the smaller or the larger value of a result is better; of a loss or an error it need not be said.
+
+    >>> mode_of("valid/loss", None), mode_of("valid/accuracy", "max")
+    ('min', 'max')
+
+    Raises:
+      ValueError: it has to be said, and is not.
+    """
+    if mode in ("min", "max"):
+        return mode
+    if mode is not None:
+        raise ValueError(f"mode={mode!r}: write 'min' or 'max'")
+    if _LOSSES.fullmatch(result):
+        return "min"
+    raise ValueError(f"is {result!r} better when it is larger? Write mode='max', or mode='min' if it is a loss")
+
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """The newest, and the best by a metric.
+    """The newest, and the best by each of some metrics.
 
-    >>> retention = Retention(last=1, best="loss")
+    >>> retention = Retention(last=1, best={"loss": "min"})
     >>> sorted(retention.kept({"1": {"loss": 3.0}, "2": {"loss": 1.0}, "3": {"loss": 2.0}}))
     ['2', '3']
 
     Attributes:
       last: how many of the newest are kept.
-      best: the metric of which the best is kept too; NaN is never best.
-      mode: "min" if smaller is better, "max" if larger.
-
-    Raises:
-      CheckpointError: an option that is none of these.
+      best: the metrics of which the best is kept too, "min" or "max" by which of each is better; NaN is never best.
     """
 
     last: int = 2
-    best: str | None = None
-    mode: Literal["min", "max"] = "min"
+    best: Mapping[str, Mode] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.last, int) or self.last < 1:
-            raise CheckpointError(f"keep_last={self.last!r}: give a whole number of at least 1")
-        if self.mode not in ("min", "max"):
-            raise CheckpointError(f"mode={self.mode!r}: write 'min' or 'max'")
+    @classmethod
+    def of(cls, last: int, best: str | Mapping[str, Mode] | None, mode: Mode | None) -> Self:
+        """Makes one of the options of `Checkpoints`.
+
+        Raises:
+          CheckpointError: an option that is none of these.
+        """
+        if not isinstance(last, int) or last < 1:
+            raise CheckpointError(f"keep_last={last!r}: give a whole number of at least 1")
+        if mode is not None and not isinstance(best, str):
+            raise CheckpointError(
+                f"mode={mode!r} beside keep_best={best!r}: it is that of one metric, keep_best='loss'"
+            )
+        named = {best: mode} if isinstance(best, str) else best or {}
+        try:
+            return cls(last, {name: mode_of(name, each) for name, each in named.items()})
+        except ValueError as error:
+            raise CheckpointError(f"keep_best={best!r}: {error}") from None
 
     def kept(self, checkpoints: Metrics) -> set[str]:
         """The names of those that are kept."""
-        best = self.best_of(checkpoints)
-        return {*[*checkpoints][-self.last :], *([] if best is None else [best])}
+        best = {self.best_of(checkpoints, metric) for metric in self.best}
+        return {*[*checkpoints][-self.last :], *(name for name in best if name is not None)}
 
-    def best_of(self, checkpoints: Metrics) -> str | None:
-        """The name of the best; None if none has a finite value of the metric."""
-        values = {name: self._value(metrics) for name, metrics in checkpoints.items()}
+    def best_of(self, checkpoints: Metrics, metric: str) -> str | None:
+        """The name of the best by a metric; None if none has a finite value of it."""
+        values = {name: float(metrics.get(metric, math.nan)) for name, metrics in checkpoints.items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        return (min if self.mode == "min" else max)(finite, key=lambda name: finite[name], default=None)
+        return (min if self.best[metric] == "min" else max)(finite, key=lambda name: finite[name], default=None)
 
     def is_best(self, metrics: Mapping[str, float], checkpoints: Metrics) -> bool:
-        """Whether metrics have a finite value that is better than that of every checkpoint."""
-        value, best = self._value(metrics), self.best_of(checkpoints)
+        """Whether one of the metrics has a finite value that is better than that of every checkpoint."""
+        return any(self._is_better(metrics, checkpoints, metric) for metric in self.best)
+
+    def _is_better(self, metrics: Mapping[str, float], checkpoints: Metrics, metric: str) -> bool:
+        value, best = float(metrics.get(metric, math.nan)), self.best_of(checkpoints, metric)
         if best is None or not math.isfinite(value):
             return math.isfinite(value)
-        before = self._value(checkpoints[best])
-        return value < before if self.mode == "min" else value > before
-
-    def _value(self, metrics: Mapping[str, float]) -> float:
-        return math.nan if self.best is None else float(metrics.get(self.best, math.nan))
+        before = float(checkpoints[best][metric])
+        return value < before if self.best[metric] == "min" else value > before

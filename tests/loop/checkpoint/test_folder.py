@@ -28,7 +28,7 @@ from functrain.loop.checkpoint import manifest
         # What is not finite is never best, nor what is not there.
         ({"keep_last": 1, "keep_best": "loss"}, [math.nan, 2.0, -math.inf, None], [[1], [2], [2, 3], [2, 4]]),
         ({"keep_last": 1, "keep_best": "loss", "mode": "max"}, [math.inf, 2.0, math.inf], [[1], [2], [2, 3]]),
-        ({"keep_last": 1, "keep_best": "accuracy"}, [1.0, 2.0], [[1], [2]]),
+        ({"keep_last": 1, "keep_best": "accuracy", "mode": "max"}, [1.0, 2.0], [[1], [2]]),
     ],
 )  # fmt: skip
 def test_which_survive(tmp_path, options, metrics, survivors):
@@ -92,6 +92,38 @@ def test_the_best_one_holds_the_weights_of_the_best_epoch_after_later_and_worse_
     assert (int(result.state.step), float(result.state.params["w"])) == (2, 2.0)
     assert checkpoints.best().name.partition("~")[0] == "2"
     assert float(ft.fit(update, update.init(params), data, **options).state.params["w"]) == 8.0
+
+
+def test_the_best_by_each_of_several_metrics_is_kept(tmp_path):
+    _, _, state = updated(1)
+    keep_best = {"loss": "min", "accuracy": "max"}
+    with ft.Checkpoints(tmp_path, keep_last=1, keep_best=keep_best) as checkpoints:
+        for step, (loss, accuracy) in enumerate([(3.0, 0.5), (1.0, 0.6), (2.0, 0.9), (4.0, 0.7)], 1):
+            assert checkpoints.is_best({"loss": loss, "accuracy": accuracy}) == (step < 4)
+            checkpoints.save(at(step, state), metrics={"loss": loss, "accuracy": accuracy})
+        checkpoints.wait()
+        assert names(checkpoints) == ["2", "3", "4"]
+    for reader in (checkpoints, ft.Checkpoints(tmp_path)):  # Which need not repeat it.
+        assert [reader.best(name) for name in keep_best] == [tmp_path / "2", tmp_path / "3"]
+        for asked, told in ((None, "best()"), ("f1", "best('f1')")):
+            with pytest.raises(CheckpointError, match=says(told, "kept by ['accuracy', 'loss']; name one")):
+                reader.best(asked)
+
+
+def test_the_best_one_is_told_to_who_does_not_repeat_by_what(tmp_path):
+    with ft.Checkpoints(tmp_path, keep_last=1, keep_best="loss", mode="max") as checkpoints:
+        saved(checkpoints, [1.0, 3.0, 2.0])
+    assert ft.Checkpoints(tmp_path).best() == tmp_path / "2"
+    with pytest.raises(CheckpointError, match=says("best(): the best is kept by no metric", "give keep_best=")):
+        ft.Checkpoints(tmp_path / "empty").best()
+
+
+def test_of_a_loss_or_an_error_it_is_known_that_less_is_better(tmp_path):
+    for result in ["loss", "valid/log_loss", "test/top1-error", "rmse", "NLL", "val/cross_entropy", "losses"]:
+        assert ft.Checkpoints(tmp_path, keep_best=result).retention.best == {result: "min"}
+    for result in ["accuracy", "valid/lossless", "valid/f1", "loss/accuracy", "error_rate", "entropy", "bleu"]:
+        with pytest.raises(CheckpointError, match=says(result, "mode='max'")):
+            ft.Checkpoints(tmp_path, keep_best=result)
 
 
 # Names.
@@ -264,7 +296,11 @@ def test_an_address_is_no_folder(tmp_path, monkeypatch, directory):
         ({"keep_last": 0}, ["keep_last=0", "at least 1"]),
         ({"keep_last": 1.5}, ["keep_last=1.5", "a whole number"]),
         ({"keep_last": None}, ["keep_last=None", "a whole number"]),
-        ({"mode": "least"}, ["mode='least'", "'min' or 'max'"]),
+        ({"keep_best": "loss", "mode": "least"}, ["mode='least'", "'min' or 'max'"]),
+        ({"keep_best": "valid/accuracy"}, ["keep_best='valid/accuracy'", "better when it is larger? Write mode='max'"]),
+        ({"keep_best": {"loss": "least"}}, ["mode='least'", "'min' or 'max'"]),
+        ({"keep_best": {"loss": "min"}, "mode": "max"}, ["mode='max' beside keep_best={'loss': 'min'}"]),
+        ({"mode": "max"}, ["mode='max' beside keep_best=None"]),
     ],
 )
 def test_options_that_are_none(tmp_path, options, phrases):
