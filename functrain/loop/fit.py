@@ -195,7 +195,8 @@ def _tell_regrouped(restored: Restored | None) -> None:
 def _rows(loggers: Sequence[Logger], checkpoints: Checkpoints | None) -> Rows:
     """Where numbers go: the first process writes them, to a log beside the checkpoints too; all find them there."""
     path = checkpoints.directory / _LOG if checkpoints else None
-    of_first = [*([] if path is None else [JsonLines(path)]), *loggers]
+    # It says what a run that goes on has logged: last, so that no other logger lacks what it has.
+    of_first = [*loggers, *([] if path is None else [JsonLines(path)])]
     return Rows([] if jax.process_index() else of_first, path)
 
 

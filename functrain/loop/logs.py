@@ -1,35 +1,43 @@
 """Where the numbers of a run go: lines of JSON, TensorBoard, or a logger of one's own."""
 
+import contextlib
 import json
 import math
 import os
+import socket
+import struct
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# By what Python calls them, and by what JSON's users do.
 from functrain.errors import LogError
+from functrain.loop.appending import Appending
+from functrain.loop.lines import NON_FINITE, SPELLED, lines_of
 from functrain.loop.names import named_values
 
-_SPELLED = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
-_NON_FINITE = {spelled: float(name) for name, spelled in _SPELLED.items()}
 _MOST_ELEMENTS = 16
 
 
 class Logger(Protocol):
-    """Takes the numbers of a run; `JsonLines` and `TensorBoard` are two, and yours may be any object like this."""
+    """Takes the numbers of a run; `JsonLines` and `TensorBoard` are two, and yours may be any object like this.
+
+    It may also have `flush()`, which returns when all rows are on disk: it is called before each checkpoint is saved,
+    as a run that goes on from there does not write the rows before it again. What fails with any error but `LogError`
+    is warned of, and called again with the same arguments before the next row.
+    """
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         """Takes numbers of one step by name, such as "train/loss": floats and ints on the host."""
 
     def resume(self, step: int) -> None:
-        """The run goes on from this step, 0 for a new run: rows past it never happened."""
+        """The run goes on from this step: rows past it never happened, all of them where it is -1, in a new run."""
 
     def close(self) -> None:
         """Nothing more will be logged; may be called twice."""
@@ -40,7 +48,7 @@ class _Log:
 
     def __init__(self, place: str | os.PathLike[str]) -> None:
         self._place = Path(place)
-        self._output: Any = None
+        self._output: Appending | None = None
         self._closed = False
 
     def __repr__(self) -> str:
@@ -51,18 +59,21 @@ class _Log:
 
         Raises:
           LogError: the logger is closed, or cannot take a number or its name.
+          OSError: the row could not be written; nothing of it is.
         """
         self._check_open()
         numbers = flattened(row)
+        record = self._record(int(step), numbers)
         if self._output is None:
             self._output = self._opened(None)
-        self._write(int(step), numbers)
+        self._output.append(record)
 
     def resume(self, step: int) -> None:
-        """Goes on from a step, 0 for a new run: rows past it never happened.
+        """Goes on from a step: rows past it never happened, all of them where it is -1, in a new run.
 
         Raises:
           LogError: the logger is closed, or the file is no log.
+          OSError: it could not be opened, and may be tried again.
         """
         self._check_open()
         if self._output is not None:
@@ -70,8 +81,13 @@ class _Log:
         self._output = None
         self._output = self._opened(int(step))
 
+    def flush(self) -> None:
+        """Returns when all rows are on disk."""
+        if self._output is not None:
+            self._output.sync()
+
     def close(self) -> None:
-        """Writes what is left and closes the output; may be called twice."""
+        """Closes the output; may be called twice."""
         self._closed = True
         if self._output is not None:
             self._output.close()
@@ -80,10 +96,10 @@ class _Log:
         if self._closed:
             raise LogError(f"{self!r} is closed; make a new logger, or call close() after the last row")
 
-    def _opened(self, step: int | None) -> Any:
+    def _opened(self, step: int | None) -> Appending:
         raise NotImplementedError
 
-    def _write(self, step: int, numbers: Mapping[str, float]) -> None:
+    def _record(self, step: int, numbers: Mapping[str, float]) -> bytes:
         raise NotImplementedError
 
 
@@ -99,34 +115,36 @@ class JsonLines(_Log):
     '{"step": 12, "time": ..., "train/loss": 0.5, "train/grad_norm": "Infinity"}\\n'
 
     The file is strict JSON: NaN and the infinities are strings, which `read_json_lines` turns back. What a killed
-    process left of its last line is dropped. `resume` replaces the file as a whole or not at all.
+    process left of its last line is dropped. A damaged line is set aside, with a warning, in a file `*.jsonl.damaged`.
+    `resume` replaces the file as a whole or not at all.
 
     Args:
       path: the file, by custom `*.jsonl`; its folder is made. It is not touched before the first row or `resume`.
     """
 
-    def _opened(self, step: int | None) -> BinaryIO:
+    def _opened(self, step: int | None) -> Appending:
         path = self._place
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.read_bytes() if path.exists() else b""
-        rows = _rows(path, written)
-        kept = b"".join(line + b"\n" for line, row in rows if step is None or row["step"] <= step)
+        lines = lines_of(path, written)
+        if lines.damaged:
+            aside = path.with_name(f"{path.name}.damaged")
+            _append(aside, b"".join(line + b"\n" for line in lines.damaged.values()))
+            warnings.warn(f"{lines.told(path)}; they are kept in {aside.name!r}", stacklevel=4)
+        kept = b"".join(line + b"\n" for line, row in lines.rows if step is None or row["step"] <= step)
         if kept != written:
             temporary = path.with_name(f"{path.name}.tmp")
-            with temporary.open("wb") as file:
-                file.write(kept)
-                file.flush()
-                os.fsync(file.fileno())
+            temporary.unlink(missing_ok=True)
+            _append(temporary, kept)
             temporary.replace(path)
-        return path.open("ab")
+        return Appending(path)
 
-    def _write(self, step: int, numbers: Mapping[str, float]) -> None:
+    def _record(self, step: int, numbers: Mapping[str, float]) -> bytes:
         if taken := [name for name in ("step", "time") if name in numbers]:
             raise LogError(f"{taken[0]!r} is written with every row; name the number 'train/{taken[0]}' instead")
-        finite = {name: value if math.isfinite(value) else _SPELLED[str(value)] for name, value in numbers.items()}
+        finite = {name: value if math.isfinite(value) else SPELLED[str(value)] for name, value in numbers.items()}
         row = {"step": step, "time": time.time(), **finite}
-        self._output.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._output.flush()
+        return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
 class TensorBoard(_Log):
@@ -141,7 +159,7 @@ class TensorBoard(_Log):
     >>> len(list(directory.glob("events.out.tfevents.*")))
     1
 
-    A row is in the file within ten seconds, or when the logger is closed.
+    A row is in the file when `log` returns.
 
     Args:
       directory: one run's folder. It is not touched before the first row or `resume`.
@@ -153,21 +171,43 @@ class TensorBoard(_Log):
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         super().__init__(directory)
         try:
-            self._make_writer = import_module("tensorboardX").SummaryWriter
+            import_module("tensorboardX")
+            self._events = import_module("tensorboardX.proto.event_pb2")
             self._summary = import_module("tensorboardX.proto.summary_pb2").Summary
+            self._checksum = import_module("tensorboardX.record_writer").masked_crc32c
         except ImportError as error:
             raise LogError(f"{self!r}: {error}; write pip install tensorboardX") from error
 
-    def _opened(self, step: int | None) -> Any:
-        purge_step = None if step is None else step + 1
-        # tensorboardX names a file by the second: without the suffix a quick restart overwrites the file before.
-        suffix = f".{time.time_ns()}"
-        return self._make_writer(str(self._place), purge_step=purge_step, flush_secs=10, filename_suffix=suffix)
+    def _opened(self, step: int | None) -> Appending:
+        self._place.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads files in the order of their names, of which there may be two in a second.
+        began = time.time_ns()
+        name = f"events.out.tfevents.{began // 10**9:010d}.{socket.gethostname()}.{began}"
+        begin = self._framed(file_version="brain.Event:2")
+        if step is not None:
+            begin += self._framed(
+                step=step + 1, session_log=self._events.SessionLog(status=1)
+            )  # START: hides the rest.
+        output = Appending(self._place / name)
+        try:
+            output.append(begin)
+        except OSError:
+            output.close()
+            with contextlib.suppress(OSError):
+                output.path.unlink()
+            raise
+        return output
 
-    def _write(self, step: int, numbers: Mapping[str, float]) -> None:
-        # One event for the row: one for each number costs a turn of tensorboardX's queue each.
+    def _record(self, step: int, numbers: Mapping[str, float]) -> bytes:
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
-        self._output.file_writer.add_summary(self._summary(value=values), step)
+        return self._framed(step=step, summary=self._summary(value=values))
+
+    def _framed(self, **event: Any) -> bytes:
+        """An event as a record of the file: tensorboardX writes these on a thread, which a full disk ends."""
+        content = self._events.Event(wall_time=time.time(), **event).SerializeToString()
+        length = struct.pack("<Q", len(content))
+        checks = [struct.pack("<I", self._checksum(part)) for part in (length, content)]
+        return bytes(length + checks[0] + content + checks[1])
 
 
 def flattened(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -201,41 +241,32 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads what `JsonLines` wrote, with NaN and the infinities as floats.
 
     Args:
-      path: the file, which a run may still be writing: a torn last line is left out.
+      path: the file, which a run may still be writing: a torn last line is left out, and with a warning a damaged one.
 
     Returns:
       The rows in the file's order: `{"step": int, "time": seconds since 1970, name: number, ...}`.
 
     Raises:
-      LogError: a line is no row; the message names the file and the line.
+      LogError: no line is a row; the message names the file and the first of them.
       FileNotFoundError: there is no such file.
     """
-    rows = [row for _, row in _rows(Path(path), Path(path).read_bytes())]
+    lines = lines_of(Path(path), Path(path).read_bytes())
+    if lines.damaged:
+        warnings.warn(lines.told(path), stacklevel=2)
     return [
-        {name: _NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
-        for row in rows
+        {name: NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
+        for _, row in lines.rows
     ]
 
 
-def _rows(path: Path, written: bytes) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    lines = written.split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        row = _row(line)
-        if row is not None:
-            yield line, row
-        elif number < len(lines):  # What follows the last newline is nothing, or torn.
-            raise LogError(
-                f"{path}, line {number} is no row of a log: {line[:60].decode(errors='replace')!r}; delete the line, or"
-                " give the logger another file"
-            )
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
+def _append(path: Path, content: bytes) -> None:
+    """Adds to a file; it is on disk when this returns."""
+    file = Appending(path)
     try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+        file.append(content)
+        file.sync()
+    finally:
+        file.close()
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:

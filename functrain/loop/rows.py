@@ -1,5 +1,6 @@
 """The numbers of a run: where they go, and which were written before."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from functrain.loop.every import Moment
 from functrain.loop.logs import Logger, flattened, read_json_lines
 from functrain.loop.run import Run
+from functrain.loop.unfailing import Unfailing
 
 
 class Rows:
@@ -19,17 +21,17 @@ class Rows:
 
     def __init__(self, loggers: Sequence[Logger], path: Path | None) -> None:
         self._path = path
-        self._loggers = loggers
+        self._loggers = [Unfailing(logger) for logger in loggers]
         self._since = Moment()
         self._written: set[tuple[Any, ...]] = set()
 
     def resume(self, run: Run, *, is_restored: bool) -> None:
         """Begins to write; what a log has past the run's step never happened. A restored run takes its history."""
         for logger in self._loggers:
-            logger.resume(run.step or -1)
+            logger.resume(run.step if is_restored or run.step else -1)
         self._since = run.now
-        if self._path is not None and is_restored and self._path.exists():
-            rows = [row for row in read_json_lines(self._path) if row["step"] <= run.step]
+        if self._path is not None and is_restored:
+            rows = [row for row in _read(self._path) if row["step"] <= run.step]
             run.history = [{name: value for name, value in row.items() if name != "time"} for row in rows]
             # An epoch's end is no step: of its last step, the log may have what came after the checkpoint.
             self._written = {_title(row) for row in run.history if row["step"] == run.step}
@@ -52,6 +54,11 @@ class Rows:
         self._since = now
         return row | {f"train/learning_rate/{part}": float(rate) for part, rate in rates.items()}
 
+    def flush(self) -> None:
+        """Returns when what was written is on disk."""
+        for logger in self._loggers:
+            logger.flush()
+
     def close(self) -> None:
         """Closes the loggers."""
         for logger in self._loggers:
@@ -59,4 +66,15 @@ class Rows:
 
 
 def _title(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["step"], row["epoch"], *sorted(row.keys() - {"time"})
+    return row["step"], row.get("epoch"), *sorted(row.keys() - {"time"})
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log, if it can be read."""
+    try:
+        return read_json_lines(path)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        warnings.warn(f"{path} can't be read, and result.history lacks its rows: {error}", stacklevel=4)
+        return []

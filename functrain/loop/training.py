@@ -99,10 +99,12 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
             run.watch.check(run.state, last_sound)
             _evaluate(run, plan, evaluations)
         if saver and (saves or (evaluations and saver.checkpoints.is_best(run.evaluated))):
+            plan.rows.flush()
             saver.save(run)
         show()
     run.watch.check(run.state, last_sound)
     if saver:
+        plan.rows.flush()
         saver.save(run)
     if signals.received is not None:
         run.reader.close()

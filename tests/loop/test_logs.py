@@ -1,15 +1,18 @@
 import json
 import math
+import re
 import signal
 import struct
 import subprocess
 import sys
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import warm
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from functrain.errors import LogError
@@ -34,6 +37,31 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 JsonLines(sys.argv[1]).resume(40)
 """
 
+BROKEN = [
+    b'{"step": 1, "tr', b"[1, 2]", b'{"loss": 1}', b"\xff\x00", b"", b'{"step": true}', b'{"step": "1"}',
+    b'{"step": 1.0, "loss": 2}', b'{"step": 1, "loss": "NaO"}', b'{"step": 1, "loss": [2]}', b"[" * 100_000,
+]  # fmt: skip
+
+# The same: of the row that crosses it, a part is written.
+LOG_ON_A_FULL_DISK = """
+import resource, sys
+from functrain.loop.logs import JsonLines
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+log, failed = JsonLines(sys.argv[1]), []
+for step in range(100):
+    try:
+        log.log(step, {"train/loss": 0.5})
+    except OSError as error:
+        failed.append((step, open(sys.argv[1], "rb").read()))
+        if len(failed) == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+first, whole = failed[0]
+assert [content for _, content in failed] == [whole] * 3
+assert whole.count(b"\\n") == first and whole.endswith(b"}\\n")
+print(first)
+"""
+
 
 @pytest.fixture
 def path(tmp_path):
@@ -46,6 +74,12 @@ def logged(path, steps):
         log.log(step, {"train/loss": 1 / (step + 1)})
     log.close()
     return path
+
+
+def resumed(path, step):
+    log = JsonLines(path)
+    log.resume(step)
+    log.close()
 
 
 def steps(path):
@@ -90,7 +124,9 @@ class TestJsonLines:
         assert math.isnan(row["a"])
         assert (row["b"], row["c"]) == (math.inf, -math.inf)
 
-    @pytest.mark.parametrize(("step", "kept"), [(9, [0, 1, 2, 3]), (3, [0, 1, 2, 3]), (2, [0, 1, 2]), (0, [0])])
+    @pytest.mark.parametrize(
+        ("step", "kept"), [(9, [0, 1, 2, 3]), (3, [0, 1, 2, 3]), (2, [0, 1, 2]), (0, [0]), (-1, [])]
+    )
     def test_resume_drops_the_rows_past_a_step(self, path, step, kept):
         logged(path, range(4))
         log = JsonLines(path)
@@ -110,7 +146,7 @@ class TestJsonLines:
 
     def test_resume_leaves_a_file_alone_that_has_nothing_to_drop(self, path):
         before = logged(path, range(4)).stat()
-        JsonLines(path).resume(3)
+        resumed(path, 3)
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
     def test_resume_without_a_file(self, path):
@@ -125,38 +161,75 @@ class TestJsonLines:
         for cut in range(last, len(whole) - 1):
             path.write_bytes(whole[:cut])
             assert steps(path) == [0, 1]
-            JsonLines(path).resume(5)
+            resumed(path, 5)
             assert path.read_bytes() == whole[:last]
 
     def test_a_line_that_lacks_only_its_newline_is_kept(self, path):
         whole = logged(path, range(3)).read_bytes()
         path.write_bytes(whole[:-1])
         assert steps(path) == [0, 1, 2]
-        JsonLines(path).resume(5)
+        resumed(path, 5)
         assert path.read_bytes() == whole
 
     def test_a_row_never_joins_a_torn_line(self, path):
         whole = logged(path, range(3)).read_bytes()
         path.write_bytes(whole[:-5])
-        JsonLines(path).log(9, {})
+        logged(path, [9])
         assert steps(path) == [0, 1, 9]
 
-    @pytest.mark.parametrize("broken", [b'{"step": 1, "tr', b"[1, 2]", b'{"loss": 1}', b"\xff\x00", b""])
-    def test_a_broken_line_within_the_file_is_an_error(self, path, broken):
+    @pytest.mark.parametrize("broken", BROKEN)
+    def test_a_damaged_line_is_set_aside_with_a_warning_and_the_others_are_kept(self, path, broken):
         lines = logged(path, range(3)).read_bytes().splitlines()
-        written = b"\n".join([lines[0], broken, *lines[1:], b""])
+        path.write_bytes(b"\n".join([lines[0], broken, *lines[1:], b""]))
+        told = f"{path}: 1 damaged line is left out, the first is line 2, "
+        with pytest.warns(UserWarning, match=f"^{re.escape(told)}.*'$"):
+            assert steps(path) == [0, 1, 2]
+        with pytest.warns(UserWarning, match=f"^{re.escape(told)}.*; they are kept in 'log.jsonl.damaged'$"):
+            resumed(path, 1)
+        assert path.read_bytes().splitlines() == lines[:2]
+        assert (path.parent / "log.jsonl.damaged").read_bytes() == broken + b"\n"
+        with warnings.catch_warnings(action="error"):
+            resumed(path, 1)
+            assert steps(path) == [0, 1]
+
+    def test_every_flipped_bit_loses_at_most_its_line_and_is_set_aside(self, path):
+        whole = logged(path, range(3)).read_bytes()
+        lines = whole.splitlines(keepends=True)
+        aside = path.parent / "log.jsonl.damaged"
+        for place in range(8 * len(lines[0]), 8 * len(lines[0] + lines[1][:-1]), 3):
+            flipped = bytearray(whole)
+            flipped[place // 8] ^= 1 << place % 8
+            path.write_bytes(flipped)
+            aside.unlink(missing_ok=True)
+            with warnings.catch_warnings(action="ignore"):
+                resumed(path, 10**9)
+            left = path.read_bytes().splitlines(keepends=True)
+            assert left[0] == lines[0]
+            assert left[-1].endswith(lines[2])
+            if len(left) == 2 and left[-1] == lines[2]:
+                assert aside.read_bytes() == bytes(flipped)[len(lines[0]) : -len(lines[2])]
+
+    def test_a_row_goes_on_behind_a_last_line_that_is_damaged(self, path):
+        """As a disk leaves the end of a file whose size it had written, and not its content."""
+        whole = logged(path, range(3)).read_bytes()
+        path.write_bytes(whole + bytes(100))
+        with pytest.warns(UserWarning, match="1 damaged line is left out, the first is line 4"):
+            logged(path, [9])
+        assert steps(path) == [0, 1, 2, 9]
+
+    @pytest.mark.parametrize("written", [b"what someone else wrote\n", b"no newline", b"\x00" * 40, b"[1]\n[2]\n"])
+    def test_a_file_that_is_no_log_is_an_error_and_left_as_it_is(self, path, written):
+        path.parent.mkdir(parents=True)
         path.write_bytes(written)
-        for attempt in (read_json_lines, lambda path: JsonLines(path).resume(0)):
-            with pytest.raises(LogError, match=r"line 2 is no row of a log: .*; delete the line, or give") as error:
+        for attempt in (
+            read_json_lines,
+            lambda path: JsonLines(path).resume(0),
+            lambda path: JsonLines(path).log(0, {}),
+        ):
+            with pytest.raises(LogError, match=r"is no log: line 1 is no row, '.*'; delete it, or give the") as error:
                 attempt(path)
             assert str(error.value).startswith(str(path))
-            assert path.read_bytes() == written
-
-    def test_a_whole_line_that_is_no_row_is_not_taken_for_a_torn_one(self, path):
-        logged(path, range(1))
-        path.write_bytes(path.read_bytes() + b"what someone else wrote\n")
-        with pytest.raises(LogError, match=r"line 2 is no row of a log: 'what someone else wrote'"):
-            JsonLines(path).resume(0)
+        assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == {"log.jsonl": written}
 
     def test_a_failed_resume_leaves_the_file_as_it_was(self, path):
         whole = logged(path, range(50)).read_bytes()
@@ -165,6 +238,13 @@ class TestJsonLines:
         )
         assert "File too large" in ended.stderr
         assert path.read_bytes() == whole
+
+    def test_of_a_row_that_fails_nothing_is_left_and_the_next_one_is_whole(self, path):
+        process = warm.Process(LOG_ON_A_FULL_DISK, path)
+        printed, errors = process.communicate()
+        assert process.returncode == 0, errors
+        first = int(printed)
+        assert steps(path) == [*range(first), *range(first + 3, 100)]
 
     def test_a_killed_process_leaves_every_row_that_it_logged(self, path):
         command = [sys.executable, "-c", LOG_UNTIL_KILLED, path]

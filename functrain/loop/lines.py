@@ -1,0 +1,62 @@
+"""The lines of a log in JSON: which are rows, and which are torn or damaged."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from functrain.errors import LogError
+
+_BEGIN = b'{"step": '  # Of every line.
+# By what Python calls them, and by what JSON's users do.
+SPELLED = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+NON_FINITE = {spelled: float(name) for name, spelled in SPELLED.items()}
+
+
+class Lines(NamedTuple):
+    """The lines of a log: those that are rows, and by its number each that is none."""
+
+    rows: list[tuple[bytes, dict[str, Any]]]
+    damaged: dict[int, bytes]
+
+    def told(self, path: object) -> str:
+        """What is damaged, for a warning."""
+        number, line = next(iter(self.damaged.items()))
+        count = f"{len(self.damaged)} damaged {'line is' if len(self.damaged) == 1 else 'lines are'}"
+        return f"{path}: {count} left out, the first is line {number}, {_shown(line)}"
+
+
+def lines_of(path: Path, written: bytes) -> Lines:
+    """Takes a log apart; what a killed process left of its last line is none.
+
+    Raises:
+      LogError: there are lines, and none is a row.
+    """
+    *whole, last = written.split(b"\n")
+    is_torn = _row(last) is None and (last.startswith(_BEGIN) or _BEGIN.startswith(last))
+    found = {number: (line, _row(line)) for number, line in enumerate(whole if is_torn else [*whole, last], start=1)}
+    rows = [(line, row) for line, row in found.values() if row is not None]
+    damaged = {number: line for number, (line, row) in found.items() if row is None}
+    if damaged and not rows:
+        number, line = next(iter(damaged.items()))
+        raise LogError(
+            f"{path} is no log: line {number} is no row, {_shown(line)}; delete it, or give the logger another file"
+        )
+    return Lines(rows, damaged)
+
+
+def _shown(line: bytes) -> str:
+    return repr(line[:60].decode(errors="replace"))
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return row if all(map(_is_number, row.values())) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, str) and value in NON_FINITE)
