@@ -42,6 +42,7 @@ from functrain.update.update import Update, make_update
 from functrain.update.window import Window
 
 if TYPE_CHECKING:
+    from functrain.loop.checkpoint.alone import load_model_state, load_params
     from functrain.loop.checkpoint.checkpoints import Checkpoints
     from functrain.loop.checkpoint.reading import Restored
     from functrain.loop.data import Data, from_arrays, from_tfds
@@ -111,6 +112,8 @@ __all__ = [
     "flatten",
     "from_arrays",
     "from_tfds",
+    "load_model_state",
+    "load_params",
     "make_train_step",
     "make_update",
     "non_float",
@@ -136,6 +139,8 @@ _LAZY = {
     "Metric": "functrain.loop.metrics",
     "OnHost": "functrain.loop.metrics",
     "Restored": "functrain.loop.checkpoint.reading",
+    "load_model_state": "functrain.loop.checkpoint.alone",
+    "load_params": "functrain.loop.checkpoint.alone",
     "Result": "functrain.loop.fit",
     "Run": "functrain.loop.run",
     "StopSignals": "functrain.loop.signals",

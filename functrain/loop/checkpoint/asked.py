@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any, Self
 
 from functrain.loop.checkpoint.contents import Contents
-from functrain.loop.checkpoint.leaves import COUNTERS, WINDOW, leaf_spec, named_fields, named_leaves
+from functrain.loop.checkpoint.leaves import WINDOW, leaf_spec, named_fields, named_leaves
 from functrain.tree.arrays import committed_sharding, replicated_over
 from functrain.update.state import TrainState
 
@@ -51,15 +52,11 @@ class Asked:
 
 def differences(contents: Contents, asked: Asked) -> list[str]:
     """What differs between a checkpoint and the state that is asked for, a line each; none if it can be restored."""
-    return of_configuration(contents, asked) + of_leaves(contents, asked)
+    return of_configuration(contents, asked) + of_leaves(contents.leaves, asked.specs)
 
 
-def of_leaves(contents: Contents, asked: Asked) -> list[str]:
-    """The leaves that were renamed, are missing, or have another shape or dtype."""
-    # Counters may have 32 or 64 bits: any of them is taken.
-    before, now = (
-        {name: spec for name, spec in specs.items() if name not in COUNTERS} for specs in (contents.leaves, asked.specs)
-    )
+def of_leaves(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What differs between leaves of which shape and dtype are given by name, a line each."""
     lines = [
         f"{name}: saved as {before[name]}, now {now[name]}"
         for name in before

@@ -20,7 +20,7 @@ from functrain.loop.checkpoint.housekeeping import move_all, retain, set_aside
 from functrain.loop.checkpoint.leaves import named_leaves
 from functrain.loop.checkpoint.lock import Lock
 from functrain.loop.checkpoint.processes import found_by_first
-from functrain.loop.checkpoint.reading import Restored
+from functrain.loop.checkpoint.reading import Restored, read
 from functrain.loop.checkpoint.retention import Mode, Retention
 from functrain.loop.checkpoint.staging import Staging
 from functrain.loop.checkpoint.storage import Storage
@@ -229,9 +229,9 @@ class Checkpoints:
         """
         with contextlib.suppress(SaveError):  # The next save tells.
             self.wait()
-        finder = Finder(self._folder, self._storage, self._set_aside)
+        asked, finder = Asked.of(like), Finder(self._folder, self._set_aside)
         try:
-            return finder.restored(Asked.of(like), step, regroup=regroup)
+            return finder.found(step, lambda checkpoint: read(self._storage, checkpoint, asked, regroup=regroup))
         finally:
             if not self._writer.is_running:
                 self._storage.close()

@@ -2,43 +2,41 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from functrain.errors import CheckpointError
 from functrain.loop.checkpoint import manifest
-from functrain.loop.checkpoint.asked import Asked
 from functrain.loop.checkpoint.folder import Entry, Folder
 from functrain.loop.checkpoint.processes import found_by_first
-from functrain.loop.checkpoint.reading import Restored, read
 from functrain.loop.checkpoint.staging import is_being_published
-from functrain.loop.checkpoint.storage import Storage
 from functrain.tree.text import listed_lines
 
+_Read = TypeVar("_Read")
 _LOOKS = 1000
 
 
 class Finder:
-    """Finds a checkpoint, and reads it.
+    """Finds a checkpoint, and has it read.
 
     Only what was read and is wrong is damage. What can't be read is an error, and is left as it is. A checkpoint
     without a manifest is used only where none has one.
 
     Args:
       folder: where.
-      storage: what reads it.
       set_aside: renames one that is damaged, and returns what it is called then.
 
     Attributes:
       told: what there is to warn of.
     """
 
-    def __init__(self, folder: Folder, storage: Storage, set_aside: Callable[[Path], str]) -> None:
+    def __init__(self, folder: Folder, set_aside: Callable[[Path], str]) -> None:
         self.told: list[str] = []
-        self._folder, self._storage, self._set_aside = folder, storage, set_aside
+        self._folder, self._set_aside = folder, set_aside
         self._problems: dict[str, str] = {}  # Of those that were set aside, by name.
         self._unreadable: dict[Path, str] = {}  # Of those without a manifest.
 
-    def restored(self, asked: Asked, step: int | Path | None, *, regroup: bool) -> Restored | None:
-        """Reads the newest sound checkpoint, or the one of a step; None where there never was one.
+    def found(self, step: int | Path | None, read: Callable[[Path], _Read]) -> _Read | None:
+        """What is read of the newest sound checkpoint, or of the one of a step; None where there never was one.
 
         Raises:
           CheckpointError: there are or were checkpoints and none is sound, the one asked for is not, one can't be
@@ -46,7 +44,7 @@ class Finder:
         """
         while (checkpoint := self._agreed(step)) is not None:
             try:
-                return self._read(checkpoint, asked, regroup=regroup)
+                return _read_twice(read, checkpoint)
             except CheckpointError:
                 raise
             except Exception as error:
@@ -101,15 +99,6 @@ class Finder:
         raise CheckpointError(f"the checkpoints in {self._folder.directory} change faster than they can be read: stop"
                               " the process that writes them")  # fmt: skip
 
-    def _read(self, checkpoint: Path, asked: Asked, *, regroup: bool) -> Restored:
-        """Reads a checkpoint, twice if need be: what failed once may have been passing."""
-        try:
-            return read(self._storage, checkpoint, asked, regroup=regroup)
-        except CheckpointError:
-            raise
-        except Exception:
-            return read(self._storage, checkpoint, asked, regroup=regroup)
-
     def _found_damaged(self, checkpoint: Path, problem: str) -> None:
         if checkpoint.name not in self._problems:
             self._problems[checkpoint.name] = problem
@@ -136,6 +125,16 @@ class Finder:
             f"no checkpoint in {self._folder.directory} is sound:{listed_lines(lines + before)}\nbring a sound one"
             " back, or start anew, fit(..., fresh=True) or Checkpoints.start_anew(), which keeps what is there aside"
         )
+
+
+def _read_twice(read: Callable[[Path], _Read], checkpoint: Path) -> _Read:
+    """Reads a checkpoint, twice if need be: what failed once may have been passing."""
+    try:
+        return read(checkpoint)
+    except CheckpointError:
+        raise
+    except Exception:
+        return read(checkpoint)
 
 
 def _is_verified(checkpoint: Path) -> bool:

@@ -29,7 +29,7 @@ def regrouped(leaves: Mapping[str, Any], contents: Contents, asked: Asked) -> tu
     """
     if contents.window is not None:
         raise CheckpointError("regroup=True: a window is pending in the checkpoint: save one at the end of a window")
-    if other := [line for line in of_leaves(contents, asked) if not line.startswith(_PREFIX)]:
+    if other := [line for line in of_leaves(contents.leaves, asked.specs) if not line.startswith(_PREFIX)]:
         raise CheckpointError(
             f"regroup=True takes parameters to other parts and optimizers, but more differs:{listed_lines(other)}\nmake"
             " the parameters what they were, or start from params of your own with update.init"

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,22 +73,34 @@ class Storage:
         args = ocp.args.Composite(**{_CONTENTS: ocp.args.JsonRestore()})
         return Contents.from_json(self._read(checkpoint, args)[_CONTENTS], checkpoint)
 
-    def leaves(self, checkpoint: Path, contents: Contents, places: Mapping[str, Any]) -> dict[str, Any]:
-        """The leaves of a checkpoint with these contents, each where its place says."""
+    def leaves(
+        self,
+        checkpoint: Path,
+        contents: Contents,
+        places: Mapping[str, Any],
+        *,
+        only: Container[str] | None = None,
+    ) -> dict[str, Any]:
+        """The leaves of a checkpoint with these contents, or some of them by name, each where its place says."""
         import orbax.checkpoint as ocp
 
-        specs, packs = contents.specs, contents.packs
+        is_asked = (lambda name: True) if only is None else only.__contains__
+        packs = {pack: names for pack, names in contents.packs.items() if any(map(is_asked, names))}
+        packed = {*itertools.chain(*packs.values())}
+        specs = {name: spec for name, spec in contents.specs.items() if is_asked(name) or name in packed}
         empty = {name: [name] for name, spec in specs.items() if _is_empty(spec)}
-        on_host = {*empty, *itertools.chain(*packs.values())}
+        on_host = {*empty, *packed}
         targets = {name: to_read(name, specs[name], places[name]) for name in specs if name not in on_host}
         targets |= {pack: target(names, specs) for pack, names in packs.items()}
         restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
-        args = ocp.args.Composite(**{_ARRAYS: ocp.args.PyTreeRestore(targets, restore_args=restore_args)})
+        arrays = ocp.args.PyTreeRestore(targets, restore_args=restore_args, partial_restore=only is not None)
+        args = ocp.args.Composite(**{_ARRAYS: arrays})
         read = self._read(checkpoint, args)[_ARRAYS]
         small = [unpacked(read.pop(pack), names, specs) for pack, names in packs.items()]
         small += [unpacked(target(names, specs), names, specs) for names in empty.values()]
         large = {name: owned(leaf, places[name]) for name, leaf in read.items()}
-        return large | placed(dict(itertools.chain(*map(dict.items, small))), specs, places)
+        asked = {name: leaf for each in small for name, leaf in each.items() if is_asked(name)}
+        return large | placed(asked, specs, places)
 
     def give_up(self) -> None:
         """Forgets a write that failed."""
