@@ -34,8 +34,9 @@ class Storage:
         """Starts to write, and returns when the leaves may be overwritten."""
         import orbax.checkpoint as ocp
 
+        specs = contents.specs
         # Orbax refuses empty leaves.
-        filled = {name: leaf for name, leaf in leaves.items() if not _is_empty(contents.specs[name])}
+        filled = {name: leaf for name, leaf in leaves.items() if not _is_empty(specs[name])}
         arrays, self._spare = to_write(filled, contents.packs, self._spare)
         items = {_ARRAYS: ocp.args.PyTreeSave(arrays), _CONTENTS: ocp.args.JsonSave(contents.to_json())}
         self._checkpointer().save(self._plain.of(checkpoint), args=ocp.args.Composite(**items))
