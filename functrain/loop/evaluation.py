@@ -52,6 +52,10 @@ class Evaluation:
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sharding: jax.sharding.Sharding | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, Every):
+            raise EvaluationError(f"every={self.every!r}: give an Every, ft.Every(updates={self.every!r})")
+
     def __call__(self, params: PyTree, model_state: Any = None) -> dict[str, Any]:
         """Goes through the data once.
 

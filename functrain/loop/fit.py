@@ -12,9 +12,10 @@ from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
+from functrain.loop.given import check_given
 from functrain.loop.hooks import EarlyStopping, Hook, Hooks
 from functrain.loop.logs import JsonLines, Logger
-from functrain.loop.progress import progress_bar
+from functrain.loop.progress import progress_shown
 from functrain.loop.reader import Reader
 from functrain.loop.rows import Rows
 from functrain.loop.run import Run
@@ -91,8 +92,10 @@ def fit(
       evaluation: one, or several with different names.
       checkpoints: where to save, how often, and what to keep. A log in JSON lines is kept beside them.
       loggers: more places for the numbers.
-      log: how often to log, by default every 100 updates; what is not logged is not read from the device.
-      progress: a progress bar; by default where there is a terminal.
+      log: how often to log, by default every 100 updates; the last step of every epoch is logged too. What is not
+        logged is not read from the device.
+      progress: a progress bar; by default where there is a terminal, and where there is none a line at each evaluation
+        and at each epoch's end; False for neither.
       stop: when to stop early.
       hooks: more that is done in a run.
       unroll: turns of the update (windows, and with phases whole cycles) in one dispatch, `update.scan`; logs then have
@@ -115,6 +118,7 @@ def fit(
         is NaN or infinite.
       SystemExit: 143 or 130 after SIGTERM or SIGINT: the update was finished and saved, data was not waited for.
     """
+    check_given(locals())
     log, all_hooks = log or Every(updates=100), Hooks([*([stop] if stop else []), *hooks])
     plan = Plan(
         epochs=epochs,
@@ -125,17 +129,17 @@ def fit(
         rows=_rows(loggers, checkpoints),
         hooks=all_hooks,
         evaluations=_laid_out(evaluation, sharding),
-        saver=Saver(checkpoints, all_hooks, log) if checkpoints else None,
+        saver=Saver(checkpoints, all_hooks) if checkpoints else None,
         load_best_on_end=load_best_on_end,
     )
-    run = Run(update, state, Reader(data))
+    run = Run(update, state, Reader(data), plan.rows.add)
     with StopSignals() as signals, contextlib.ExitStack() as stack:
         stack.callback(plan.rows.close)
         if checkpoints:
             checkpoints.open()
             stack.push(checkpoints.__exit__)
         _begin(run, plan, regroup=regroup, fresh=fresh)
-        bar = progress_bar(run, epochs=epochs, steps=steps, data=data, wanted=progress)
+        bar = progress_shown(run, epochs=epochs, steps=steps, data=data, wanted=progress)
         _go_through(run, plan, signals, stack.enter_context(bar))
         if checkpoints:
             checkpoints.wait()

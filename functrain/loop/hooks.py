@@ -1,6 +1,8 @@
 """What watches a run: hooks, and the one that stops it early."""
 
+import difflib
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +12,15 @@ from functrain.loop.run import Run
 from functrain.loop.warn import warn
 from functrain.tree.text import listed
 
+_EVENT = re.compile("(on|before|after)_.*|.*_(start|started|begin|began|end|ended|save|saved)")
+
 
 class Hook:
     """Something that is done in a run; override what you need. `run` has all that there is to know.
 
-    >>> class Printing(Hook):
-    ...     def evaluation_ended(self, run):
-    ...         print(run.step, run.results)
+    >>> class Norm(Hook):
+    ...     def epoch_ended(self, run):
+    ...         run.log({"norm": optax.global_norm(run.state.params)})
     """
 
     def run_started(self, run: Run) -> None:
@@ -27,6 +31,9 @@ class Hook:
 
     def evaluation_ended(self, run: Run) -> None:
         """After an evaluation; its results are in `run.results`."""
+
+    def epoch_ended(self, run: Run) -> None:
+        """At the end of an epoch, after its evaluations, before it is saved."""
 
     def checkpoint_saved(self, run: Run) -> None:
         """After a save was started."""
@@ -112,6 +119,8 @@ class Hooks:
 
     def __init__(self, hooks: Sequence[Hook]) -> None:
         self._hooks = hooks
+        for kind in {type(hook): None for hook in hooks}:
+            _tell_uncalled(kind)
         self._watching = [hook for hook in hooks if type(hook).update_ended is not Hook.update_ended]
 
     def tell(self, event: str, run: Run, *details: Any) -> None:
@@ -140,6 +149,16 @@ class Hooks:
         lost = [each["of"] for each in left if each["state"] is not None]
         anew = [hook for place, hook in enumerate(self._hooks) if place not in states]
         _tell(lost, [_kind(hook) for hook in anew if type(hook).state is not Hook.state])
+
+
+def _tell_uncalled(kind: type[Hook]) -> None:
+    """Warns of methods that are called like an event, and that no event calls."""
+    events = [name for name in vars(Hook) if not name.startswith("_")]
+    named_so = [name for name in dir(kind) if _EVENT.fullmatch(name) and callable(getattr(kind, name))]
+    for name in sorted({*named_so} - {*events}):
+        near = difflib.get_close_matches(re.sub("^(on|before|after)_", "", name), events, 1, 0.5)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        warn(f"{kind.__qualname__}.{name}: no event of a run calls it, they are {listed(events)}{meant}")
 
 
 def _kind(hook: Hook) -> str:

@@ -1,4 +1,4 @@
-"""A progress bar on the terminal."""
+"""What is shown of a run while it goes on: a bar on a terminal, else a line now and then."""
 
 import contextlib
 import sys
@@ -6,22 +6,33 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from functrain.loop.run import Run
 
+_MOST = 8  # Numbers of a line.
+
 
 @contextlib.contextmanager
-def progress_bar(
+def progress_shown(
     run: Run, *, epochs: int | None, steps: int | None, data: Any, wanted: bool | None
 ) -> Iterator[Callable[[], None]]:
-    """A bar of optimizer steps on the terminal, or none; gives the function that brings it up to date."""
-    if jax.process_index() or not (sys.stderr.isatty() if wanted is None else wanted):
+    """Shows how far a run is, on the terminal or to a file; gives the function that brings it up to date."""
+    if jax.process_index() or wanted is False:
         yield lambda: None
-        return
+    elif wanted or sys.stderr.isatty():
+        with _bar(run, steps or _total(run, epochs, data)) as show:
+            yield show
+    else:
+        yield _lines(run)
+
+
+@contextlib.contextmanager
+def _bar(run: Run, total: int | None) -> Iterator[Callable[[], None]]:
     from tqdm import tqdm
 
     shown = 0
-    with tqdm(total=_total(run, epochs, data) if steps is None else steps, initial=run.step, unit="step") as bar:
+    with tqdm(total=total, initial=run.step, unit="step") as bar:
 
         def show() -> None:
             nonlocal shown
@@ -31,6 +42,30 @@ def progress_bar(
                 bar.set_postfix({name: value for name, value in run.history[-1].items() if name.endswith("/loss")})
 
         yield show
+
+
+def _lines(run: Run) -> Callable[[], None]:
+    epoch = run.epoch
+
+    def show() -> None:
+        nonlocal epoch
+        if run.evaluated or run.epoch != epoch:
+            epoch = run.epoch
+            print(f"step {run.step:,}, epoch {run.epoch}: {_numbers(run)}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _numbers(run: Run) -> str:
+    """The losses of training that were logged at this step, and the results of the evaluations that just ended."""
+    found: dict[str, float] = {}
+    for row in reversed(run.history):
+        if row["step"] != run.step:
+            break
+        found |= {name: value for name, value in row.items() if name.startswith("train/") and name.endswith("loss")}
+    found |= {name: value for name, value in run.evaluated.items() if np.ndim(value) == 0}
+    shown = [f"{name} {value:.4g}" for name, value in [*found.items()][:_MOST] if isinstance(value, float | int)]
+    return ", ".join(shown) or "nothing logged"
 
 
 def _total(run: Run, epochs: int | None, data: Any) -> int | None:

@@ -22,7 +22,7 @@ class Rows:
     def __init__(self, loggers: Sequence[Logger], path: Path | None) -> None:
         self._path = path
         self._loggers = [Unfailing(logger) for logger in loggers]
-        self._since = Moment()
+        self._since, self._trained = Moment(), -1
         self._written: set[tuple[Any, ...]] = set()
 
     def resume(self, run: Run, *, is_restored: bool) -> None:
@@ -34,25 +34,32 @@ class Rows:
             rows = [row for row in _read(self._path) if row["step"] <= run.step]
             run.history = [{name: value for name, value in row.items() if name != "time"} for row in rows]
             # An epoch's end is no step: of its last step, the log may have what came after the checkpoint.
-            self._written = {_title(row) for row in run.history if row["step"] == run.step}
+            here = [row for row in run.history if row["step"] == run.step]
+            self._written = {_title(row) for row in here}
+            if any(name.startswith("train/") for row in here for name in row):
+                self._trained = run.step
 
     def add(self, run: Run, numbers: Mapping[str, Any]) -> None:
         """Writes numbers of the step and epoch where the run stands, unless it wrote them before it was killed."""
-        row = {"step": run.step, "epoch": run.epoch, **numbers}
+        row = {"step": run.step, "epoch": run.epoch, **flattened(numbers)}
         if _title(row) in self._written:
             return
         run.history.append(row)
         for logger in self._loggers:
-            logger.log(run.step, {"epoch": run.epoch, **numbers})
+            logger.log(run.step, {name: value for name, value in row.items() if name != "step"})
 
     def training(self, run: Run, now: Moment) -> dict[str, float]:
-        """The numbers of training up to now: the last update's metrics, speed, learning rates."""
-        row = flattened({"train": run.last_metrics()})
+        """The numbers of training up to now: the newest metrics, speed, learning rates."""
+        row = flattened({"train": run.newest_metrics()})
         if (elapsed := now.seconds - self._since.seconds) > 0:
             row["train/steps_per_second"] = (now.step - self._since.step) / elapsed
         rates = run.update.optim.learning_rates(run.state.opt_state)
-        self._since = now
+        self._since, self._trained = now, now.step
         return row | {f"train/learning_rate/{part}": float(rate) for part, rate in rates.items()}
+
+    def has_training(self, run: Run) -> bool:
+        """Whether the training up to the run's step has a row."""
+        return self._trained == run.step
 
     def flush(self) -> None:
         """Returns when what was written is on disk."""

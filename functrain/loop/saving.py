@@ -11,7 +11,6 @@ import numpy as np
 from functrain.errors import SaveError
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.reading import Restored
-from functrain.loop.every import Every
 from functrain.loop.hooks import Hooks
 from functrain.loop.logs import flattened
 from functrain.loop.run import Run
@@ -26,12 +25,11 @@ class Saver:
     Args:
       checkpoints: where.
       hooks: whose states are saved too.
-      log: how often training is logged.
     """
 
-    def __init__(self, checkpoints: Checkpoints, hooks: Hooks, log: Every) -> None:
+    def __init__(self, checkpoints: Checkpoints, hooks: Hooks) -> None:
         self.checkpoints = checkpoints
-        self._hooks, self._log = hooks, log
+        self._hooks = hooks
         self._saved: tuple[int, ...] | None = None
 
     def save(self, run: Run) -> None:
@@ -49,7 +47,7 @@ class Saver:
             "seconds": run.now.seconds,
             "results": {name: _written(value) for name, value in run.results.items() if _is_numeric(value)},
             # Without an update after it, an epoch's end logs those of the update before it.
-            "metrics": flattened(run.last_metrics()) if self._log.epochs is not None else {},
+            "metrics": flattened(run.newest_metrics()),
             "hooks": self._hooks.states(),
         }
         try:

@@ -88,7 +88,8 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
             plan.hooks.tell("update_ended", run)
         before, now = run.done_until, run.now
         run.done_until, run.evaluated = now, {}
-        logs = run.metrics and plan.log.due(before, now)
+        ends_epoch = now.epoch != before.epoch
+        logs = run.metrics and (plan.log.due(before, now) or (ends_epoch and not plan.rows.has_training(run)))
         evaluations = [evaluation for evaluation in plan.evaluations if evaluation.every.due(before, now)]
         saves = saver is not None and saver.checkpoints.every.due(before, now)
         if logs:
@@ -98,6 +99,8 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
         if evaluations:
             run.watch.check(run.state, last_sound)
             _evaluate(run, plan, evaluations)
+        if ends_epoch:
+            plan.hooks.tell("epoch_ended", run)
         if saver and (saves or (evaluations and saver.checkpoints.is_best(run.evaluated))):
             plan.rows.flush()
             saver.save(run)

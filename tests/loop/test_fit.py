@@ -358,10 +358,10 @@ def test_several_processes_have_no_common_clock(what, tmp_path, monkeypatch):
         options = {"checkpoints": ft.Checkpoints(tmp_path, every=every)}
     problem = "the clocks of several processes differ: write Every(updates=) or Every(epochs=), not minutes="
     with pytest.raises(FitError, match=re.escape(problem)):
-        ft.fit(*[None] * 3, epochs=1, **options)
+        ft.fit(*counted(update_of()), epochs=1, **options)
 
 
-@pytest.mark.parametrize(("data", "epoch"), [([], 0), (iter([{"x": X[:2], "y": Y[:2]}]), 1)])
+@pytest.mark.parametrize(("data", "epoch"), [(iter([]), 0), (iter([{"x": X[:2], "y": Y[:2]}]), 1)])
 def test_an_epoch_without_a_batch_is_told(data, epoch):
     update = update_of()
     problem = (

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import warnings
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import Recorder, X, Y, bits, counted, data_of, loss_fn, scripted, start, update_of
@@ -291,3 +292,79 @@ def test_a_hook_may_drop_a_window_that_was_saved_with_other_metrics(tmp_path):
         fit("new", 2)
     state = fit("new", 2, [Dropping()])
     assert (int(state.step), int(state.batches), int(state.pending)) == (0, 4, 2)
+
+
+# What hooks write, and what is no event.
+
+
+def test_a_hook_writes_numbers_of_its_own_once_over_restarts(tmp_path):
+    class Norm(ft.Hook):
+        def epoch_ended(self, run):
+            run.log({"norm": {"head": jnp.linalg.norm(run.state.params["head"]["w"])}, "count": run.epoch})
+
+        def update_ended(self, run):
+            if run.step == 2:
+                run.log({"second": 2.5})
+
+    for epochs in (1, 2):
+        result = ft.fit(
+            *counted(update_of()), epochs=epochs, hooks=[Norm()], checkpoints=ft.Checkpoints(tmp_path), progress=False
+        )
+    mine = [row for row in result.history if not any(name.startswith("train/") for name in row)]
+    assert [row.keys() - {"step", "epoch"} for row in mine] == [
+        {"second"},
+        {"norm/head", "count"},
+        {"norm/head", "count"},
+    ]
+    assert [(row["step"], row["epoch"]) for row in mine] == [(2, 0), (4, 1), (8, 2)]
+    written = ft.read_json_lines(tmp_path / "log.jsonl")
+    assert [{name: row[name] for name in row.keys() - {"time"}} for row in written] == result.history
+
+
+def test_what_a_hook_writes_is_a_number():
+    class Words(ft.Hook):
+        def run_started(self, run):
+            run.log({"words": "three"})
+
+    with pytest.raises(ft.LogError, match="words"):
+        ft.fit(*counted(update_of()), epochs=1, hooks=[Words()])
+
+
+def test_the_end_of_an_epoch_is_told_after_its_evaluation_and_before_it_is_saved(tmp_path):
+    events = []
+
+    class Watching(ft.Hook):
+        def evaluation_ended(self, run):
+            events.append("evaluation")
+
+        def epoch_ended(self, run):
+            events.append(f"epoch {run.epoch}")
+
+        def checkpoint_saved(self, run):
+            events.append("saved")
+
+    checkpoints = ft.Checkpoints(tmp_path)
+    ft.fit(*counted(update_of()), epochs=2, hooks=[Watching()], evaluation=scripted(1, 2), checkpoints=checkpoints)
+    assert events == ["evaluation", "epoch 1", "saved", "evaluation", "epoch 2", "saved"]
+
+
+def test_a_method_that_no_event_calls_is_told():
+    class Other(ft.Hook):
+        def on_epoch_end(self, run):
+            raise AssertionError
+
+        def train_step_ended(self, run):
+            raise AssertionError
+
+        def weekend(self):
+            return 2
+
+    with pytest.warns(UserWarning, match="no event of a run") as caught:
+        ft.fit(*counted(update_of()), epochs=1, hooks=[Other(), Other()])
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == 2
+    assert re.search(
+        r"Other.on_epoch_end: no event of a run calls it, they are 'run_started', .*mean epoch_ended\?", told[0]
+    )
+    assert "Other.train_step_ended: no event" in told[1]
+    assert caught[0].filename == __file__

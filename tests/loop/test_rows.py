@@ -67,8 +67,43 @@ def test_the_log_of_a_window_is_its_mean():
 def test_the_phase_of_an_update_names_its_metrics():
     phases = ft.alternate(ft.Phase("a", loss_fn, parts="body"), ft.Phase("b", loss_fn, parts="head"))
     history = ft.fit(*counted(update_of(phases)), steps=2, log=ft.Every(updates=1)).history
-    assert [{name for name in row if name.endswith("/loss")} for row in history] == [{"train/a/loss"}, {"train/b/loss"}]
+    losses = [{name for name in row if name.endswith("/loss")} for row in history]
+    assert losses == [{"train/a/loss"}, {"train/a/loss", "train/b/loss"}]
     assert "train/a/parts/body/grad_norm" in history[0]
+
+
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_a_row_has_the_newest_metrics_of_every_phase_whenever_it_comes(tmp_path, unroll):
+    """Of D, D, G, with a row every third update, one of them was never seen."""
+    phases = ft.alternate(
+        ft.Phase("d", loss_fn, parts="body", repeat=2),
+        ft.Phase("g", lambda params, batch: loss_fn(params, batch), "head"),
+    )
+    rows = []
+    for steps in ((6, 9), (9,)):  # The first run goes on from a checkpoint.
+        folder = tmp_path / str(len(steps))
+        for end in steps:
+            options = {
+                "steps": end,
+                "log": ft.Every(updates=3),
+                "checkpoints": ft.Checkpoints(folder),
+                "unroll": unroll,
+            }
+            result = ft.fit(*counted(update_of(phases), 12), **options)
+        rows.append([[row["step"], row["train/d/loss"], row["train/g/loss"]] for row in result.history])
+    assert rows[0] == rows[1]
+    assert [row[0] for row in rows[0]] == ([3, 6, 9] if unroll == 1 else [6, 9])
+    assert len({row[1] for row in rows[0]} | {row[2] for row in rows[0]}) == 2 * len(rows[0])
+
+
+def test_the_last_step_of_every_epoch_has_a_row_also_of_a_short_run(tmp_path):
+    history = ft.fit(*counted(update_of()), epochs=2).history
+    assert [(row["step"], row["epoch"], "train/loss" in row) for row in history] == [(4, 1, True), (8, 2, True)]
+    # It is not logged twice, neither where it was due, nor by a run that is started again there.
+    for epochs in (1, 2):
+        checkpoints = ft.Checkpoints(tmp_path, every=ft.Every(updates=1))
+        result = ft.fit(*counted(update_of()), epochs=epochs, log=ft.Every(updates=2), checkpoints=checkpoints)
+    assert [(row["step"], row["epoch"]) for row in result.history] == [(2, 0), (4, 0), (6, 1), (8, 1)]
 
 
 def test_with_unroll_the_log_has_the_last_update_of_the_scan():
@@ -96,7 +131,7 @@ def test_every_logger_gets_every_row_and_the_checkpoints_folder_one_more(tmp_pat
         assert row.pop("time") > 0
     assert rows[0] == rows[1] == result.history
     assert [(row["step"], row["epoch"], row.get("valid/loss")) for row in result.history] == [
-        (3, 0, None), (4, 1, 2.0), (6, 1, None), (8, 2, 1.0),
+        (3, 0, None), (4, 1, None), (4, 1, 2.0), (6, 1, None), (8, 2, None), (8, 2, 1.0),
     ]  # fmt: skip
 
 
@@ -110,7 +145,7 @@ def test_what_is_no_number_is_in_the_results_and_not_in_the_log(tmp_path):
     for _ in ("trained", "ended before it was started"):
         result = ft.fit(*counted(update_of()), epochs=1, evaluation=evaluation, checkpoints=ft.Checkpoints(tmp_path))
         assert result.results["valid/confusion"].tolist() == [[1, 0], [0, 2]]
-        (row,) = result.history
+        _, row = result.history
         assert row.keys() == {"step", "epoch", "valid/loss"}
 
 
@@ -196,7 +231,16 @@ def test_the_progress_bar_counts_steps_and_shows_the_newest_losses(capsys):
     assert "step" in shown
 
 
-def test_the_progress_bar_is_off_if_told_and_where_there_is_no_terminal(capsys):
-    for progress in (False, None):
-        ft.fit(*counted(update_of()), epochs=1, progress=progress)
+def test_where_there_is_no_terminal_a_line_says_how_far_it_is(capsys):
+    result = ft.fit(*counted(update_of()), epochs=2, evaluation=[scripted(5, 7, 9, 11, every=ft.Every(updates=2))])
+    losses = [row["train/loss"] for row in result.history if "train/loss" in row]
+    assert capsys.readouterr().err.splitlines() == [
+        "step 2, epoch 0: valid/loss 5",
+        "step 4, epoch 0: valid/loss 7",
+        f"step 4, epoch 1: train/loss {losses[0]:.4g}",
+        "step 6, epoch 1: valid/loss 9",
+        "step 8, epoch 1: valid/loss 11",
+        f"step 8, epoch 2: train/loss {losses[1]:.4g}",
+    ]
+    ft.fit(*counted(update_of()), epochs=1, progress=False)
     assert capsys.readouterr().err == ""

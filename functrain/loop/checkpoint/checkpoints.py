@@ -81,6 +81,8 @@ class Checkpoints:
     ) -> None:
         if _ADDRESS.fullmatch(os.fspath(directory)):  # A Path has made one slash of two.
             raise CheckpointError(f"{os.fspath(directory)!r} is no folder: mount the storage, and give the path there")
+        if every is not None and not isinstance(every, Every):
+            raise CheckpointError(f"every={every!r}: give an Every, ft.Every(updates={every!r})")
         self.directory = Path(directory).absolute()
         self.every = every or Every(epochs=1)
         self.retention = Retention.of(keep_last, keep_best, mode)

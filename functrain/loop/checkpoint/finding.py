@@ -9,7 +9,7 @@ from functrain.loop.checkpoint import manifest
 from functrain.loop.checkpoint.folder import Entry, Folder
 from functrain.loop.checkpoint.processes import found_by_first
 from functrain.loop.checkpoint.staging import is_being_published
-from functrain.tree.text import listed_lines
+from functrain.tree.text import listed, listed_lines
 
 _Read = TypeVar("_Read")
 _LOOKS = 1000
@@ -82,6 +82,7 @@ class Finder:
             entries = self._folder.entries()
             if not entries and not self._problems and not self._folder.corrupt():
                 if is_empty:
+                    self._tell_strays()
                     return None
                 is_empty = True  # A listing can miss one that another process just then puts in another's place.
                 continue
@@ -92,6 +93,7 @@ class Finder:
                     break  # The process that writes has removed it.
                 if problem is None:
                     self._tell_unverified(entry, entries)
+                    self._tell_strays()
                     return entry.path
                 self._found_damaged(entry.path, problem)
             else:
@@ -116,6 +118,13 @@ class Finder:
             self.told.append(
                 f"in {used.path.parent}, {', '.join(strays)} has no manifest of checksums and is not used; the newest"
                 f" that is verified is {used.path.name}: to use another one, restore it with step="
+            )
+
+    def _tell_strays(self) -> None:
+        if strays := self._folder.strays():
+            self.told.append(
+                f"in {self._folder.directory}, {listed(strays)} is called like a checkpoint, and has no manifest, nor what"
+                " is in every one of ours: it is left alone"
             )
 
     def _none_is_sound(self) -> CheckpointError:

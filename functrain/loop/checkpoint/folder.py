@@ -115,6 +115,13 @@ class Folder:
         stems = {name.removesuffix(manifest.SUFFIX) for name in listed} - ours
         return sorted(stem for stem in stems if _CORRUPT.fullmatch(stem) and self._is_ours(stem, listed))
 
+    def strays(self) -> list[str]:
+        """The names of folders that Orbax wrote and that are called like a checkpoint, but are none of ours."""
+        listed = self._listed()
+        ours = {entry.path.name for entry in self._entries(listed)}
+        named = [name for name, is_folder in listed.items() if is_folder and Name.of(name) and name not in ours]
+        return sorted(name for name in named if (self.directory / name / "_CHECKPOINT_METADATA").exists())
+
     def asked_for(self, step: int | Path) -> Path:
         """The folder of a step.
 

@@ -229,6 +229,21 @@ def test_damaged_ones_of_one_name_are_kept_side_by_side(sound, tmp_path):
         assert (directory / aside / "facts").is_dir()
 
 
+def test_what_orbax_wrote_and_is_none_of_ours_is_told_and_left_alone(sound, tmp_path):
+    """Another program's, or one that has lost both its manifest and its contents."""
+    directory = copied(sound, tmp_path)
+    manifest.path_of(directory / "2").unlink()
+    (directory / "2" / "facts" / "metadata").unlink()
+    before = everything(directory)
+    with pytest.warns(UserWarning, match=says("'2' is called like a checkpoint", "it is left alone")):
+        assert ft.Checkpoints(directory).restore(like=like()).data == {"position": 1}
+    assert everything(directory) == before
+    shutil.rmtree(directory / "1")
+    manifest.path_of(directory / "1").unlink()
+    with pytest.warns(UserWarning, match=says("'2' is called like a checkpoint", "it is left alone")):
+        assert ft.Checkpoints(directory).restore(like=like()) is None
+
+
 def test_an_empty_or_missing_folder_has_nothing_to_restore(tmp_path):
     assert ft.Checkpoints(tmp_path).restore(like=like()) is None
     assert ft.Checkpoints(tmp_path / "new").restore(like=like()) is None

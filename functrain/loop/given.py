@@ -1,0 +1,72 @@
+"""What `fit` is given in the place of what it takes, said before anything runs."""
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from functrain.errors import FitError
+from functrain.loop.checkpoint.checkpoints import Checkpoints
+from functrain.loop.evaluation import Evaluation
+from functrain.loop.every import Every
+from functrain.loop.hooks import EarlyStopping, Hook
+from functrain.update.state import TrainState
+from functrain.update.update import Update
+
+
+def check_given(options: Mapping[str, Any]) -> None:
+    """Raises for an argument of `fit` that is of another kind; they are given by name.
+
+    Raises:
+      FitError: says what was given, and what to write.
+    """
+    _is(options["update"], Update, "update", "ft.make_update(loss_fn, optim)")
+    _is(options["state"], TrainState, "state", "update.init(params)")
+    _check_data(options["data"])
+    if options["log"] is not None:
+        _is(options["log"], Every, "log=", f"ft.Every(updates={_number(options['log'])})")
+    if options["checkpoints"] is not None:
+        _is(options["checkpoints"], Checkpoints, "checkpoints=", f"ft.Checkpoints({str(options['checkpoints'])!r})")
+    if options["stop"] is not None:
+        _is(options["stop"], EarlyStopping, "stop=", "ft.EarlyStopping('valid/loss', patience=3)")
+    evaluations = options["evaluation"]
+    for each in [evaluations] if not isinstance(evaluations, Sequence) else evaluations:
+        _is(each, Evaluation, "evaluation=", "ft.Evaluation(eval_step, data)")
+    for name, example in (("hooks", "[hook]"), ("loggers", "[ft.JsonLines(path)]")):
+        if isinstance(options[name], str) or not isinstance(options[name], Iterable):
+            raise FitError(f"{name}={options[name]!r}: give a list, {name}={example}")
+    for hook in options["hooks"]:
+        _is(hook, Hook, "hooks=", "a class with the base ft.Hook")
+
+
+def _is(given: Any, kind: type, name: str, example: str) -> None:
+    if not isinstance(given, kind):
+        shown = given.__name__ if callable(given) and hasattr(given, "__name__") else repr(given)
+        raise FitError(f"{name} takes {kind.__name__}, not {shown[:100]} ({type(given).__name__}): write {example}")
+
+
+def _check_data(data: Any) -> None:
+    if inspect.isgeneratorfunction(data) or (
+        callable(data) and not hasattr(data, "__iter__") and not _has_epochs(data)
+    ):
+        raise FitError(
+            f"the data is the function {getattr(data, '__name__', data)!r}: give what it returns, or an object whose"
+            " epoch(number) returns the batches of an epoch"
+        )
+    if isinstance(data, dict | jax.Array) or hasattr(data, "__array__") or isinstance(data, TrainState):
+        raise FitError(
+            f"the data is one {type(data).__name__}: give batches, ft.from_arrays(data, batch_size=32), or a list"
+        )
+    if isinstance(data, list | tuple) and not data:
+        raise FitError("the data is an empty list: give at least one batch")
+    if not hasattr(data, "__iter__") and not _has_epochs(data):
+        raise FitError(f"the data is {data!r}: give an iterable of batches, such as ft.from_arrays(...)")
+
+
+def _has_epochs(data: Any) -> bool:
+    return callable(getattr(data, "epoch", None))
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 100
