@@ -3,7 +3,7 @@
 #   make test              everything: lint, types, all tests. What to run before a change is handed on.
 #   make check ROOM=optim  in half a minute: lint, types, and of one room (tree, gradients, optim, update, auditing,
 #                          loop) the examples in its docstrings and its tests, without those that are marked slow.
-#   make soak, make bench  runs killed 200 times, laws drawn 160 to 600 times; what things cost.
+#   make soak, make bench  runs attacked at every operation on files, laws drawn 160 to 600 times; what things cost.
 PYTHON ?= python3
 BIN = .venv/bin
 ROOM ?= tree
@@ -27,6 +27,8 @@ lint: .venv/.dev
 
 soak: .venv/.dev
 	SOAK=20 $(BIN)/pytest -q -n 2 tests/loop/test_resume.py -k killed_at_random
+	$(BIN)/python tests/attack --most 600
+	-$(BIN)/python tests/attack --most 600 --orbax
 	SOAK=20 $(BIN)/pytest -q -n 2 tests/optim/test_multi_transform.py tests/auditing/test_audit.py
 
 bench: .venv/.bench

@@ -2,7 +2,8 @@
 
 `Process` stands for what `subprocess.Popen` starts. It is a process with its own id, pipes and memory, which signals
 really end. What an interpreter takes up once, as it starts, is its parent's: the environment is what it was when the
-first one was started, and all of a parent's children hash with one seed. What depends on these is to start cold.
+first one was started, and all of a parent's children hash with one seed. What depends on these is to start cold. Those
+with a library that is loaded before all others have a parent of their own. Threads may start and wait for them.
 """
 
 import atexit
@@ -17,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import types
 import warnings
 from pathlib import Path
@@ -37,9 +39,12 @@ IMPORTED = (
 
 
 class Process:
-    """`subprocess.Popen([sys.executable, path, ...], text=True)` with three pipes, or [..., "-c", text, ...]."""
+    """`subprocess.Popen([sys.executable, path, ...], text=True)` with three pipes, or [..., "-c", text, ...].
 
-    def __init__(self, program, *arguments):
+    With `preload`, the path of a library, it has that as LD_PRELOAD gives it.
+    """
+
+    def __init__(self, program, *arguments, preload=None):
         pipes = [os.pipe() for _ in range(4)]
         (its_in, to_it), (from_it, its_out), (errors, its_errors), (end, its_life) = pipes
         is_path = isinstance(program, Path)
@@ -48,7 +53,8 @@ class Process:
             "argv": [str(program) if is_path else "-c", *map(str, arguments)],
         }  # fmt: skip
         its = [its_in, its_out, its_errors, its_life]
-        self.pid, self.returncode = answer(asked, its), None
+        self._parent = parent(preload)
+        self.pid, self.returncode = self._parent.answer(asked, its), None
         for fd in its:
             os.close(fd)
         self.stdin, self.stdout, self.stderr = os.fdopen(to_it, "w"), os.fdopen(from_it), os.fdopen(errors)
@@ -68,7 +74,7 @@ class Process:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._end, selectors.EVENT_READ)
                 if selector.select(timeout):
-                    self.returncode = answer({"ended": self.pid})
+                    self.returncode = self._parent.answer({"ended": self.pid})
         return self.returncode
 
     def send_signal(self, number):
@@ -79,43 +85,52 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout=None):
-        """All that it prints, and its errors, when it has ended; it is killed if that takes too long."""
+        """All that it prints, and its errors, when it has ended. Killed if that takes too long, it raises both."""
         self.stdin.close()
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
             printed = [threads.submit(stream.read) for stream in (self.stdout, self.stderr)]
             try:
                 self.wait(timeout)
-            except subprocess.TimeoutExpired:
+            except subprocess.TimeoutExpired as late:
                 self.kill()
+                late.output, late.stderr = (each.result() for each in printed)
                 raise
         return tuple(each.result() for each in printed)
 
 
-@functools.cache
-def parent():
-    """A socket to the process that forks. It ends with the tests, and ends what it has forked."""
-    ours, its = socket.socketpair()
-    with its:
+class Parent:
+    """The process that forks. It ends with the tests, and ends what it has forked."""
+
+    def __init__(self, preload):
+        self._asks, (self._socket, its) = threading.Lock(), socket.socketpair()
+        environment = os.environ if preload is None else {**os.environ, "LD_PRELOAD": str(preload)}
         command = [sys.executable, __file__, str(its.fileno())]
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[its.fileno()]
-        )
+        no_pipe = dict.fromkeys(("stdin", "stdout"), subprocess.DEVNULL)
+        with its:
+            self._process = subprocess.Popen(command, env=environment, pass_fds=[its.fileno()], **no_pipe)
+        atexit.register(self._end)
 
-    @atexit.register
-    def end():
-        ours.shutdown(socket.SHUT_RDWR)
-        ours.close()
-        process.wait()
+    def answer(self, asked, fds=()):
+        """What it answers: a number."""
+        with self._asks:
+            socket.send_fds(self._socket, [json.dumps(asked).encode()], fds)
+            if not (number := self._socket.recv(16)):
+                raise ChildProcessError("the process that forks has ended")
+        return int(number)
 
-    return ours
+    def _end(self):
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._process.wait()
 
 
-def answer(asked, fds=()):
-    """What the process that forks answers: a number."""
-    socket.send_fds(parent(), [json.dumps(asked).encode()], fds)
-    if not (number := parent().recv(16)):
-        raise ChildProcessError("the process that forks has ended")
-    return int(number)
+def parent(preload=None):
+    """The process that forks those with this library."""
+    with _STARTS:
+        return _parent(preload)
+
+
+_STARTS, _parent = threading.Lock(), functools.cache(Parent)
 
 
 # Of the process that forks.
