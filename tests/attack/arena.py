@@ -15,7 +15,7 @@ import victim
 import warm
 
 HERE = Path(__file__).parent
-SAFETY = 30  # Seconds after which a process hangs.
+SAFETY = 20  # Seconds after which a process hangs.
 LAST = victim.EPOCHS * victim.STEPS
 BEFORE_LAST = LAST - victim.STEPS
 UNTIMED = {"time", "train/steps_per_second"}

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 LOOK, CHANGE, READ, WRITE = 1, 2, 4, 8  # Kinds of operations, as in shim.c.
-STANDS = 20  # Seconds after which it tells where it stands.
+STANDS = 15  # Seconds after which it tells where it stands.
 SHIM = Path(__file__).with_name("shim.c")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import steps
 import warm
-from faults import CHANGE, WRITE, Fault, asked, compiled, why_not
+from faults import CHANGE, WRITE, Fault, asked, why_not
 from power import Disk
 from power import why_not as no_cuts
 
@@ -16,11 +16,6 @@ HERE = Path(__file__).parent
 DONE = ["done", "100", "4", "done", "done", "4", "1234", "done", "done", "done"]
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    return compiled(tmp_path_factory.mktemp("shim"))
 
 
 @pytest.fixture
