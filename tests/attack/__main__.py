@@ -1,6 +1,7 @@
 """Attacks a run at every operation on files: `python tests/attack`, with --orbax one with Orbax's CheckpointManager."""
 
 import argparse
+import collections
 import os
 import re
 import sys
@@ -14,7 +15,6 @@ ENVIRONMENT = {  # As in the conftest of the tests.
     "XLA_FLAGS": "--xla_backend_optimization_level=1",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
 }
 
 
@@ -51,12 +51,14 @@ def attack(args, folder):
         row: [each for each in attacks if re.search(args.match, f"{row}, {each.what}")] for row, attacks in rows.items()
     }
     rows = {row: attacks for row, attacks in rows.items() if attacks}
-    print(f"{sum(map(len, rows.values()))} attacks", flush=True)
-    counts, failed = sweep.sweep(
-        rows, args.most, args.workers, lambda failure: print(table.described(failure), flush=True)
-    )
-    print(table.grouped(failed), table.table(counts), sep="\n\n")
-    return bool(failed)
+    print(f"{sum(map(len, rows.values()))} attacks", table.HEAD, sep="\n\n", flush=True)
+    total, failures = collections.Counter(), []
+    for row, count, failed in sweep.sweep(rows, args.most, args.workers):
+        total, failures = total + count, failures + failed
+        print(table.line(row, count), flush=True)
+        print(*map(table.described, failed), sep="\n", end="", file=sys.stderr, flush=True)
+    print(table.line("all", total), table.grouped(failures), sep="\n\n")
+    return bool(failures)
 
 
 if __name__ == "__main__":

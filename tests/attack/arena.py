@@ -100,7 +100,8 @@ class Arena:
         return self.folder / str(next(self._numbers))
 
     def copy(self, base):
-        directory = self.scratch()
+        """A copy of a folder, by its name."""
+        directory = self.scratch() / base.name
         shutil.copytree(base, directory, symlinks=True)
         return directory
 
@@ -115,6 +116,11 @@ class Arena:
         return self._with_others("crowded", BESIDE | LIKE_CHECKPOINTS)
 
     @functools.cached_property
+    def bracketed(self):
+        """One with the name that a configuration tool gives it, which as a pattern is another."""
+        return self._with_others("layers=[64,64]", BESIDE)
+
+    @functools.cached_property
     def interrupted(self):
         """One of a run that was killed while it wrote its last checkpoint."""
         log = self.operations(self.fresh)
@@ -123,7 +129,7 @@ class Arena:
             directory = self.copy(self.fresh)
             self.run(directory, dataclasses.replace(faults.KILL, at=at))
             if self.complete(directory) == BEFORE_LAST:
-                return directory
+                return directory.rename(self.folder / "interrupted")
         raise AssertionError("no kill leaves the last checkpoint but one")
 
     def _with_others(self, name, others):
@@ -170,7 +176,7 @@ class Arena:
         after, again = self.complete(directory), self.run(directory)
         harmed = [] if base is None else changed(base, directory)
         attempt = Attempt(before, max(after, ran.saved), ran, again, "", harmed, rows(directory))
-        shutil.rmtree(directory)
+        shutil.rmtree(directory.parent)
         return attempt
 
 

@@ -6,7 +6,7 @@ from arena import BESIDE, rows
 from sweep import Attack
 from verdicts import damage_verdict
 
-LEFT_BEHIND = "orbax-checkpoint-tmp"  # What a killed process left is cleared, whatever is in it.
+LEFT_BEHIND = (".functrain", "orbax-checkpoint-tmp")  # What a killed process left is cleared, whatever is in it.
 MANIFEST = ".manifest.json"
 
 
@@ -47,7 +47,7 @@ def of_files(arena):
     """`{row: attacks}`: each damage to each file of what an interrupted run left, with its manifest and without."""
     base = arena.interrupted
     files = sorted(path.relative_to(base) for path in base.rglob("*") if path.is_file() and not path.is_symlink())
-    files = [name for name in files if LEFT_BEHIND not in str(name) and str(name) not in BESIDE]
+    files = [name for name in files if not any(left in str(name) for left in LEFT_BEHIND) and str(name) not in BESIDE]
     has_manifests = any(name.name.endswith(MANIFEST) for name in files)
     return {
         row: [

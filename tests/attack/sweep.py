@@ -20,6 +20,7 @@ FAULTS = {
     "a write done in half": Fault(WRITE, halves=1),
     "the disk is full": Fault(WRITE, error=ERRORS["ENOSPC"].error, halves=1, lasting=1),
 }
+PLACES = {"killed beside folders of others": "crowded", "killed in a folder 'layers=[64,64]'": "bracketed"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,11 @@ class Failure:
 def at_operations(arena):
     """`{row: attacks}`: each fault at each operation of a run, of a new one and of one that goes on."""
     found = {row: [*_of(arena, fault, [arena.fresh, arena.interrupted])] for row, fault in FAULTS.items()}
-    return found | {"killed beside folders of others": [*_of(arena, KILL, [arena.crowded])]}
+    for row, base in PLACES.items():
+        folder = getattr(arena, base)
+        left_alone = Attack("by nothing", _strike(arena, folder, Fault(), 1))
+        found[row] = [left_alone, *_of(arena, KILL, [folder])]
+    return found
 
 
 def _of(arena, fault, bases):
@@ -62,21 +67,12 @@ def _strike(arena, base, fault, at):
     return go
 
 
-def sweep(rows, most=None, workers=1, tell=lambda failure: None):
-    """Goes through the attacks, or so many of each row, and tells of each that failed.
-
-    Returns:
-      The count of each verdict by row, and what failed.
-    """
-    counts, failed = {row: collections.Counter() for row in rows}, []
+def sweep(rows, most=None, workers=1):
+    """Goes through the attacks, or so many of each row; yields each row, how often it came to what, and what failed."""
     with concurrent.futures.ThreadPoolExecutor(workers) as threads:
         for row, attacks in rows.items():
             drawn = attacks if most is None else random.Random(row).sample(attacks, min(most, len(attacks)))
-            for attack, came in zip(drawn, threads.map(lambda each: each.go(), drawn), strict=True):
-                if came is None:
-                    continue
-                counts[row][came[0]] += 1
-                if came[0] in FAILURES:
-                    failed.append(Failure(row, attack.what, *came))
-                    tell(failed[-1])
-    return counts, failed
+            came = zip(drawn, threads.map(lambda each: each.go(), drawn), strict=True)
+            found = [(attack.what, *verdict) for attack, verdict in came if verdict is not None]
+            failed = [Failure(row, *each) for each in found if each[1] in FAILURES]
+            yield row, collections.Counter(verdict for _, verdict, *_ in found), failed

@@ -5,15 +5,14 @@ import re
 
 from verdicts import Verdict
 
+HEAD = "\n".join(
+    f"| {' | '.join(line)} |" for line in [["attack", "tried", *Verdict], ["---", *["---:"] * (1 + len(Verdict))]]
+)
 
-def table(counts):
-    """The count of each verdict by row, as Markdown."""
-    lines = [["attack", "tried", *Verdict], ["---", *["---:"] * (1 + len(Verdict))]]
-    counts = counts | {"all": sum(counts.values(), collections.Counter())}
-    lines += [
-        [row, *map(str, [count.total(), *(count[verdict] for verdict in Verdict)])] for row, count in counts.items()
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+def line(row, count):
+    """How often an attack came to each verdict, as a line of Markdown."""
+    return f"| {' | '.join([row, *map(str, [count.total(), *(count[verdict] for verdict in Verdict)])])} |"
 
 
 def described(failure):

@@ -1,6 +1,7 @@
 """Runs that are attacked at their operations on files: nothing is lost, and nothing goes wrong without a word."""
 
 import pytest
+import table
 from arena import Arena
 from damage import of_files
 from faults import why_not
@@ -8,7 +9,6 @@ from power import cuts
 from power import why_not as no_cuts
 from soak import SOAK
 from sweep import at_operations, sweep
-from table import described, table
 from verdicts import Verdict
 
 MOST = SOAK  # Attacks of each row; `python tests/attack` goes through all of them.
@@ -30,13 +30,13 @@ def attacks(arena):
 
 @pytest.mark.xfail(reason="points 1 to 7 of the issue are being mended", strict=False)
 def test_nothing_of_a_run_is_lost_whatever_befalls_it(arena):
-    counts, failed = sweep(attacks(arena("fit_victim")), MOST)
-    assert not failed, "\n".join([*map(described, failed), table(counts)])
-    assert all(count.total() for count in counts.values())
+    for row, count, failed in sweep(attacks(arena("fit_victim")), MOST):
+        assert not failed, "\n".join([table.HEAD, table.line(row, count), *map(table.described, failed)])
+        assert count.total(), f"{row}: none came to anything"
 
 
 def test_of_a_careless_loop_the_attacks_find_what_is_lost(arena):
     rows = attacks(arena("careless_victim"))
     chosen = ("killed within a write", "the disk is full", "a damaged file", "power cut", "SIGTERM")
-    counts, _ = sweep({row: rows[row] for row in chosen if row in rows}, most=4)
-    assert all(count[Verdict.SILENT] for row, count in counts.items())
+    for row, count, _ in sweep({row: rows[row] for row in chosen if row in rows}, most=4):
+        assert count[Verdict.SILENT], row
