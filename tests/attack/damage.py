@@ -1,13 +1,17 @@
 """Damage to each file of a folder of checkpoints."""
 
 import random
+from pathlib import Path
 
 from arena import BESIDE, rows
 from sweep import Attack
 from verdicts import damage_verdict
 
+from functrain.loop.checkpoint.storage import contents_file
+
 LEFT_BEHIND = (".functrain", "orbax-checkpoint-tmp")  # What a killed process left is cleared, whatever is in it.
 MANIFEST = ".manifest.json"
+PROOF = contents_file(Path())  # Without this and a manifest, a folder is nobody's.
 
 
 def flip(file, _):
@@ -54,6 +58,7 @@ def of_files(arena):
             Attack(f"{damage.__name__} {name}", _harm(arena, base, name, other, damage, row))
             for name, other in zip(files, files[1:] + files[:1], strict=True)
             for damage in DAMAGES
+            if not (ROWS[row]("") and damage is remove and name.match(f"*/{PROOF}"))
         ]
         for row in (ROWS if has_manifests else [*ROWS][:1])
     }

@@ -28,7 +28,6 @@ def attacks(arena):
     return rows if no_cuts(arena.scratch()) else rows | cuts(arena)
 
 
-@pytest.mark.xfail(reason="points 1 to 7 of the issue are being mended", strict=False)
 def test_nothing_of_a_run_is_lost_whatever_befalls_it(arena):
     for row, count, failed in sweep(attacks(arena("fit_victim")), MOST):
         assert not failed, "\n".join([table.HEAD, table.line(row, count), *map(table.described, failed)])
