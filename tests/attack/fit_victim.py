@@ -41,7 +41,7 @@ def main(directory, waits):
     checkpoints = ft.Checkpoints(directory, keep_last=1, keep_best="valid/loss")
     result = ft.fit(
         update, update.init(params), data, epochs=victim.EPOCHS, evaluation=valid, checkpoints=checkpoints,
-        log=ft.Every(updates=1), hooks=[Tells(checkpoints, waits)],
+        log=ft.Every(updates=1), hooks=[Tells(checkpoints, waits)], progress=False,
     )  # fmt: skip
     best = checkpoints.best()
     victim.tell(

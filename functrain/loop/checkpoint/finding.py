@@ -123,8 +123,8 @@ class Finder:
     def _tell_strays(self) -> None:
         if strays := self._folder.strays():
             self.told.append(
-                f"in {self._folder.directory}, {listed(strays)} is called like a checkpoint, and has no manifest, nor what"
-                " is in every one of ours: it is left alone"
+                f"in {self._folder.directory}, {listed(strays)} is called like a checkpoint, and has no manifest, nor"
+                " what is in every one of ours: it is left alone"
             )
 
     def _none_is_sound(self) -> CheckpointError:
