@@ -113,6 +113,16 @@ def check_state(opt_state: Mapping[str, Any], structures: Mapping[str, Any]) -> 
             )
 
 
+def check_part_state(opt_state: Mapping[str, Any], structures: Mapping[str, Any], part: str) -> None:
+    """Raises unless an optimizer state is of the given tree structures, and has this part."""
+    check_state(opt_state, structures)
+    if part not in structures:
+        raise OptimizerError(
+            f"part {part!r} has no optimizer state: it is frozen or unknown; the trained parts are"
+            f" {listed(structures, 30)}"
+        )
+
+
 def checked_rates(
     lr: Mapping[str, Any] | None, opt_state: Mapping[str, Any], transforms: Mapping[str, Transform]
 ) -> dict[str, jax.Array]:

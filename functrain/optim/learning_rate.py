@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from functrain.errors import OptimizerError
+from functrain.tree.paths import same_structure
 
 
 class WithLrState(NamedTuple):
@@ -80,8 +81,10 @@ def with_lr(
             learning_rate = lr(state.steps) if callable(lr) else state.setting
         rate = jnp.asarray(learning_rate, jnp.float32)
         scaled, inner = make(rate).update(updates, state.inner, params, **extra)
-        # The rate is float32, an update of optax has its gradient's dtype.
-        scaled = jax.tree.map(lambda update, grad: update.astype(jnp.result_type(grad)), scaled, updates)
+        # The rate is float32, an update of optax has its gradient's dtype. Lookahead's updates are more than its
+        # gradients.
+        like = updates if same_structure(scaled, updates) else params
+        scaled = jax.tree.map(lambda update, leaf: update.astype(jnp.result_type(leaf)), scaled, like)
         steps = None if state.steps is None else optax.safe_increment(state.steps)
         return scaled, WithLrState(rate, state.setting, steps, inner)
 

@@ -10,23 +10,24 @@ import jax.numpy as jnp
 import optax
 
 from functrain.errors import OptimizerError
-from functrain.optim.adoption import Adoption, adopted
+from functrain.optim.adoption import Adoption, adopted_states
 from functrain.optim.checks import (
     check_extra_args,
     check_grads,
-    check_one_rate,
     check_params,
-    check_shapes,
+    check_part_state,
     check_state,
     check_transforms,
     checked_rates,
 )
 from functrain.optim.learning_rate import rates_in, with_rate
-from functrain.optim.states import in_one_dtype, laid_out, like_before, state_shardings
-from functrain.optim.transforms import Frozen, Transform, described, with_extra_args
-from functrain.tree.arrays import as_array, global_norm
+from functrain.optim.part_transform import PartTransform
+from functrain.optim.state_form import placeholder_type
+from functrain.optim.states import in_place_of, laid_out, like_before, state_shardings
+from functrain.optim.transforms import Frozen, Transform, described
+from functrain.tree.arrays import global_norm
 from functrain.tree.partition import Partition, Split, table
-from functrain.tree.paths import PyTree, flatten, unflatten
+from functrain.tree.paths import PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -42,7 +43,8 @@ class Optimizer:
     >>> params["head"].tolist(), params["body"].tolist()
     ([0.5, 0.5], [1.0, 1.0])
 
-    A transform is given flat trees, `{path: leaf}`: so are its masks and callables. `print(optim)` is a table.
+    A transform is given the model's own tree, with `optax.MaskedNode()` where leaves of other parts are, as under
+    `optax.multi_transform`: so are its masks and callables. `print(optim)` is a table.
 
     Args:
       parts: the partition.
@@ -71,21 +73,19 @@ class Optimizer:
     def init(self, params: PyTree) -> dict[str, Any]:
         """The optimizer state of every trained part: `{part: state of its transform}`.
 
-        Called outside of `jit`, moments are laid out as their parameters, and scalars are replicated over their mesh.
+        Each is optax's own, but with `{path: leaf}` for each subtree of the model's structure; see `optax_state`.
+        Outside of `jit`, moments are laid out as their parameters, and scalars are replicated over their mesh.
 
         Raises:
           PartitionError: params are not of the partition's structure.
           OptimizerError: a shape is not the partition's, a trained leaf is not floating point, or a part has two
             `with_lr`.
         """
+        if isinstance(params, placeholder_type()):  # From optax.tree_map_params(optim, ...).
+            return {part: of_part.form.with_placeholder(params) for part, of_part in self._transforms.items()}
         split = self.parts.split(params)
         check_params(self.parts, self.trained, split)
-        opt_state = {}
-        for part in self.trained:
-            state = jax.tree.map(as_array, self._tx(part).init(split[part]))
-            check_one_rate(part, state)
-            opt_state[part] = laid_out(state, split[part])
-        return opt_state
+        return {part: of_part.init(split[part]) for part, of_part in self._transforms.items()}
 
     def update(
         self,
@@ -104,7 +104,8 @@ class Optimizer:
           opt_state: from `init` or the last step.
           params: the whole tree.
           lr: learning rates of this step alone, by part; parts that make no step now may be named too.
-          **extra: optax's extra arguments (`value=`); given to every transform that takes them.
+          **extra: optax's extra arguments (`value=`); given to every transform that takes them. Of a tree like params a
+            part is given its own leaves; a function of whole params (`value_fn=`) is one of the part's leaves to it.
 
         Returns:
           `{part: {path: update}}` of the given parts, and the whole new state, of unchanged structure and dtypes.
@@ -124,10 +125,11 @@ class Optimizer:
         updates: Split = {}
         new_state = dict(opt_state)
         for part, flat in grads.items():
-            given = {**extra, "learning_rate": rates[part]} if part in rates else extra
-            updates[part], state = self._tx(part).update(*in_one_dtype(flat, opt_state[part], split[part]), **given)
-            new_state[part] = like_before(state, opt_state[part], part)
-            check_shapes(updates[part], split[part], f"the updates of part {part!r}")
+            of_part = self._transforms[part]
+            given = {name: of_part.tree.argument(value, params) for name, value in extra.items()}
+            if part in rates:
+                given["learning_rate"] = rates[part]
+            updates[part], new_state[part] = of_part.update(flat, opt_state[part], split[part], **given)
         return updates, new_state
 
     def step(
@@ -153,6 +155,32 @@ class Optimizer:
         split = self.parts.split(params)
         new = {part: optax.apply_updates(split[part], dict(updates[part])) for part in updates}
         return self.parts.merge(new, into=params)
+
+    def optax_state(self, opt_state: Mapping[str, Any], part: str) -> Any:
+        """The state of a part as optax has it, of the model's own tree, for `optax.tree.get` and the like.
+
+        >>> from functrain import partition
+        >>> params = {"body": {"w": jnp.zeros(2)}, "head": jnp.zeros(2)}
+        >>> optim = Optimizer(partition(params, {"all": ...}), {"all": optax.sgd(0.1, momentum=0.9)})
+        >>> opt_state = optim.init(params)
+        >>> list(opt_state["all"][0].trace), list(optim.optax_state(opt_state, "all")[0].trace["body"])
+        (['body/w', 'head'], ['w'])
+
+        Raises:
+          OptimizerError: an unknown or frozen part, or a state that is not of this optimizer.
+        """
+        check_part_state(opt_state, self._structures, part)
+        return self._transforms[part].form.to_own(opt_state[part])
+
+    def with_optax_state(self, opt_state: Mapping[str, Any], part: str, state: Any) -> dict[str, Any]:
+        """The same optimizer state with a part's state as optax has it, of the dtypes of the one before.
+
+        Raises:
+          OptimizerError: an unknown or frozen part, or a state of another structure or shapes.
+        """
+        check_part_state(opt_state, self._structures, part)
+        what, old = f"the state given for part {part!r}", opt_state[part]
+        return {**opt_state, part: in_place_of(old, like_before(state, old, self._transforms[part].form, what), what)}
 
     def learning_rates(self, opt_state: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The rates last used, or set since, of the parts that have a `with_lr`: `{part: float32 scalar}`."""
@@ -191,11 +219,10 @@ class Optimizer:
           A tree like the state: a parameter's sharding for state that is shaped like it; replicated for the rest.
         """
         split = self.parts.split(params_shardings)
-        found = {}
-        for part in self.trained:
-            shapes = self.parts.shapes(part)
-            found[part] = state_shardings(jax.eval_shape(self._tx(part).init, shapes), shapes, split[part])
-        return found
+        return {
+            part: state_shardings(of_part.form.shapes, self.parts.shapes(part), split[part])
+            for part, of_part in self._transforms.items()
+        }
 
     def adopt(
         self, other: "Optimizer", other_state: Mapping[str, Any], params: PyTree
@@ -225,27 +252,19 @@ class Optimizer:
           PartitionError: params are not of the partition's structure.
         """
         check_state(other_state, other._structures)
-        fresh = self.init(params)
-        states, report = adopted(
-            {part: flatten(state) for part, state in fresh.items()},
-            {part: flatten(state) for part, state in other_state.items()},
-            {part: self.parts.paths(part) for part in self.parts.names},
-            {part: other.parts.paths(part) for part in other.parts.names},
-        )
-        opt_state = {part: unflatten(flat, like=fresh[part]) for part, flat in states.items()}
+        opt_state, report = adopted_states(self.init(params), other_state, self.parts, other.parts)
         split = self.parts.split(params)
         return {part: laid_out(state, split[part]) for part, state in opt_state.items()}, report
 
     @functools.cached_property
+    def _transforms(self) -> dict[str, PartTransform]:
+        """The transforms of the trained parts."""
+        return {part: PartTransform(self.parts, part, self.transforms[part]) for part in self.trained}
+
+    @property
     def _structures(self) -> dict[str, Any]:
         """The tree structures of the states of the trained parts."""
-        shapes = {part: jax.eval_shape(self._tx(part).init, self.parts.shapes(part)) for part in self.trained}
-        return {part: jax.tree.structure(state) for part, state in shapes.items()}
-
-    def _tx(self, part: str) -> optax.GradientTransformationExtraArgs:
-        tx = self.transforms[part]
-        assert not isinstance(tx, Frozen)
-        return with_extra_args(tx)
+        return {part: of_part.form.crossing for part, of_part in self._transforms.items()}
 
     @property
     def described(self) -> dict[str, str]:

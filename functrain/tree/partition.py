@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from functrain.errors import PartitionError
 from functrain.tree.paths import Flat, PyTree, check_paths, difference_from, flatten
@@ -104,6 +105,26 @@ class Partition:
             for path, i in index.items():
                 leaves[i] = flat[path]
         return jax.tree.unflatten(self.treedef, leaves)
+
+    def masked(self, tree: PyTree, part: str) -> PyTree:
+        """A whole tree with `optax.MaskedNode()` where leaves of other parts are: what a part's transform is given.
+
+        >>> parts = partition({"a": 1.0, "b": [2.0]}, {"first": "a", "rest": ...})
+        >>> parts.masked({"a": 1.0, "b": [2.0]}, "rest")
+        {'a': MaskedNode(), 'b': [2.0]}
+
+        Args:
+          tree: a tree of the structure that the partition was made from.
+          part: the part whose leaves stay.
+
+        Raises:
+          PartitionError: an unknown part, or a tree of another structure.
+        """
+        self.check_names([part], "masked")
+        kept = zip(self.leaves, self._leaves_of(tree, "the tree to mask"), strict=True)
+        return jax.tree.unflatten(
+            self.treedef, [value if leaf.part == part else optax.MaskedNode() for leaf, value in kept]
+        )
 
     def labels(self, values: Mapping[str, Any] | None = None) -> PyTree:
         """A whole tree that holds at each leaf its part's name, or its part's value.

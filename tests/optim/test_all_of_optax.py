@@ -70,14 +70,14 @@ def make(name, rate, params_dtype=jnp.float32, grads_dtype=jnp.float32):
     parts = ft.partition(params, {"trained": "trained", "rest": ...})
     optim = ft.Optimizer(parts, {"trained": tx, "rest": ft.FROZEN})
 
-    def loss(flat):
-        return sum(jnp.sum(jnp.square(leaf.astype(jnp.float32) - 0.5)) for leaf in flat.values())
+    def loss(params):
+        return sum(jnp.sum(jnp.square(leaf.astype(jnp.float32) - 0.5)) for leaf in params["trained"].values())
 
     def step(params, opt_state):
-        value, grads = jax.value_and_grad(loss)(parts.split(params)["trained"])
-        grads = {path: grad.astype(grads_dtype) for path, grad in grads.items()}
+        value, grads = jax.value_and_grad(loss)(params)
+        grads = jax.tree.map(lambda grad: grad.astype(grads_dtype), grads)
         extra = {"obj_fn": loss} if name == "sophia" else {"value": value, "grad": grads, "value_fn": loss}
-        return optim.step(params, {"trained": grads}, opt_state, **extra)
+        return optim.step(params, {"trained": parts.split(grads)["trained"]}, opt_state, **extra)
 
     return optim, params, step
 
