@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from functrain.errors import OptimizerError
+from functrain.errors import OptimizerError, PartitionError
 from functrain.optim.checks import check_one_rate, check_shapes
 from functrain.optim.own_tree import OwnTree
 from functrain.optim.state_form import StateForm
@@ -35,8 +35,15 @@ class PartTransform:
 
     @functools.cached_property
     def form(self) -> StateForm:
-        """The forms of the state."""
-        return StateForm(self.tx.init, self.tree, self.parts.shapes(self.part))
+        """The forms of the state.
+
+        Raises:
+          PartitionError: a mask of the transform takes no leaf of the part.
+        """
+        try:
+            return StateForm(self.tx.init, self.tree, self.parts.shapes(self.part))
+        except PartitionError as error:
+            raise PartitionError(f"the transform of part {self.part!r}: {error}") from None
 
     def init(self, params: Mapping[str, Any]) -> Any:
         """The initial state, laid out as the params are.
@@ -44,7 +51,8 @@ class PartTransform:
         Raises:
           OptimizerError: it has two `with_lr`.
         """
-        state = self.form.to_cross(jax.tree.map(as_array, self.tx.init(self.tree.nested(params))))
+        form = self.form  # Before init, as it says which part is at fault.
+        state = form.to_cross(jax.tree.map(as_array, self.tx.init(self.tree.nested(params))))
         check_one_rate(self.part, state)
         return laid_out(state, params)
 

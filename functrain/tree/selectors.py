@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 from functrain.errors import PartitionError
-from functrain.tree.paths import Flat, PyTree, flatten
+from functrain.tree.paths import Flat, PyTree, flatten, unflatten
 from functrain.tree.text import leaves_in_words, listed
 
 Selector: TypeAlias = "str | re.Pattern[str] | Callable[[str, Any], bool] | EllipsisType | Sequence[Selector]"
@@ -96,6 +96,37 @@ def take(tree: PyTree, selector: Selector) -> tuple[Flat, Flat]:
     takes = matcher(selector)
     taken = {path: leaf for path, leaf in flat.items() if takes(path, leaf)}
     return taken, {path: leaf for path, leaf in flat.items() if path not in taken}
+
+
+def mask(selector: Selector, *, invert: bool = False) -> Callable[[PyTree], PyTree]:
+    """A selector as a mask of optax: a function from a tree to a tree of booleans.
+
+    >>> kernels = mask("**/kernel")
+    >>> kernels({"conv": {"kernel": 1.0, "bias": 2.0}, "head": {"kernel": 3.0, "bias": 4.0}})
+    {'conv': {'bias': False, 'kernel': True}, 'head': {'bias': False, 'kernel': True}}
+    >>> mask(["**/bias", "norm"], invert=True)({"kernel": 1.0, "bias": 2.0, "norm": {"scale": 3.0}})
+    {'bias': False, 'kernel': True, 'norm': {'scale': False}}
+
+    For `optax.adamw(1e-3, mask=kernels)`, `optax.masked(tx, kernels)` and the like. In a part it is of that part's
+    leaves: an `optax.MaskedNode()` stays one.
+
+    Args:
+      selector: see `functrain.tree.selectors.matcher`. Of a function of path and leaf, the leaf is a parameter when the
+        state is made, and a gradient in a step.
+      invert: whether the leaves are True that it does not take.
+
+    Raises:
+      PartitionError: it is no selector; or, when the function is called, a member of it takes no leaf of the tree.
+    """
+    takes = matcher(selector)
+
+    def of(tree: PyTree) -> PyTree:
+        flat = flatten(tree)
+        if problem := unmatched(selector, flat):
+            raise PartitionError(f"mask: {problem}")
+        return unflatten({path: takes(path, leaf) != invert for path, leaf in flat.items()}, like=tree)
+
+    return of
 
 
 def unmatched(selector: Selector, flat: Flat) -> str | None:

@@ -71,10 +71,6 @@ def by_path(tree):
     return jax.tree_util.tree_map_with_path(lambda keys, _: last(keys) in KERNELS, tree)
 
 
-def by_rank(tree):
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
-
-
 def prefix(tree):
     """Whole layers: the first decays, the second does not."""
     if isinstance(tree, eqx.Module):
@@ -87,7 +83,6 @@ def idioms(whole):
     return {
         "flatten_dict": by_flatten_dict,
         "tree_map_with_path": by_path,
-        "by rank": by_rank,
         "a tree": by_path(whole),
         "a prefix": prefix(whole),
     }
@@ -158,7 +153,7 @@ def test_a_transform_is_given_what_multi_transform_gives_it(name):
         ]
 
 
-@pytest.mark.parametrize("idiom", ["flatten_dict", "tree_map_with_path", "by rank", "a tree", "a prefix"])
+@pytest.mark.parametrize("idiom", ["flatten_dict", "tree_map_with_path", "a tree", "a prefix"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_mask_decays_the_leaves_that_it_decays_in_optax(name, idiom):
     make, first = MODELS[name]
@@ -182,6 +177,39 @@ def test_a_mask_decays_the_leaves_that_it_decays_in_optax(name, idiom):
     assert decayed == {path for path in expected if (before[path] != 0).any()}
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_selector_masks_as_a_function_of_paths_does(name):
+    make, first = MODELS[name]
+    whole = make()
+    parts = ft.partition(whole, {"first": first, "rest": ...})
+    kernel = next(path for path in ft.flatten(whole) if path.rsplit("/", 1)[-1] in KERNELS).rsplit("/", 1)[-1]
+    biases = [f"**/{path.rsplit('/', 1)[-1]}" for path in ft.flatten(whole) if not path.endswith(kernel)]
+    grads = random_like(whole)
+    expected = None
+    for mask in (by_path, ft.mask(f"**/{kernel}"), ft.mask(biases, invert=True)):
+        tx = optax.adamw(0.1, weight_decay=0.5, mask=mask)
+        after = bits(ft.flatten(run(ft.Optimizer(parts, {"first": tx, "rest": tx}), whole, grads)))
+        expected = expected or after
+        assert after == expected
+
+
+def test_a_mask_leaves_masked_nodes_as_they_are():
+    parts = ft.partition(plain(), {"first": "conv1", "rest": ...})
+    masked = ft.mask("**/kernel")(parts.masked(plain(), "first"))
+    nothing = optax.MaskedNode()
+    assert masked == {"conv1": {"kernel": True, "bias": False}, "conv10": {"kernel": nothing, "bias": nothing}}
+
+
+def test_a_mask_that_takes_no_leaf_of_its_part_is_an_error_that_names_the_part_and_what_comes_nearest():
+    whole = plain()
+    parts = ft.partition(whole, {"first": "conv1", "rest": ...})
+    tx = optax.adamw(0.1, mask=ft.mask(["**/kernel", "conv10"]))
+    optim = ft.Optimizer(parts, {"first": tx, "rest": ft.FROZEN})
+    message = says("the transform of part 'first': mask: no leaf matches 'conv10'; did you mean 'conv1' (2 leaves)?")
+    with pytest.raises(ft.PartitionError, match=message):
+        optim.init(whole)
+
+
 def test_a_mask_with_a_state_of_its_own_crosses_calls_flat():
     whole = plain()
     for mask in (by_flatten_dict, {"conv1": {"kernel": True, "bias": False}, "conv10": False}):
@@ -198,7 +226,7 @@ MUON_DIMENSIONS = {
 
 
 def loss_fn(params):
-    return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params))
+    return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params["conv1"]))
 
 
 OF_LEAVES = {
@@ -206,7 +234,6 @@ OF_LEAVES = {
     "muon": optax.contrib.muon(0.1, muon_weight_dimension_numbers=MUON_DIMENSIONS),
     "muon by a function": optax.contrib.muon(0.1, muon_weight_dimension_numbers=lambda params: MUON_DIMENSIONS),
     "labels": optax.multi_transform({True: optax.adam(0.1), False: optax.sgd(0.1)}, by_path),
-    "schedule_free": optax.contrib.schedule_free_adamw(0.1, warmup_steps=2),
     "sophia": optax.contrib.sophia(0.1),
 }
 
@@ -282,9 +309,14 @@ def test_updates_of_another_structure_are_an_error():
 # What crosses a call, and optax's own state.
 
 
-def moments(tx, whole):
-    """The state of a part of all leaves as it crosses a call."""
-    return ft.Optimizer(ft.partition(whole, {"all": ...}), {"all": tx}).init(whole)["all"]
+def crossing(tx, whole):
+    """The state of a part of all leaves as it crosses a call, once it is known to be that of optax too."""
+    optim = ft.Optimizer(ft.partition(whole, {"all": ...}), {"all": tx})
+    opt_state = optim.init(whole)
+    own, expected = optim.optax_state(opt_state, "all"), tx.init(whole)
+    assert jax.tree.structure(own) == jax.tree.structure(expected)
+    assert bits(jax.tree.leaves(own)) == bits(jax.tree.leaves(expected))
+    return opt_state["all"]
 
 
 def like_params(make):
@@ -317,7 +349,7 @@ def zeros_by_hand(params):
 def test_every_tree_like_the_models_is_flat_in_the_state_that_crosses_a_call(whole, init):
     flat = ft.flatten(whole)
     tx = optax.chain(like_params(init), optax.adam(0.1), ft.with_lr(optax.sgd, 0.1, momentum=0.9))
-    state = moments(tx, whole)
+    state = crossing(tx, whole)
     trees = [state[1][0].mu, state[1][0].nu, state[2].inner[0].trace]
     trees.append(state[0] if init is not zeros_by_hand else state[0][1])
     assert [tree.keys() if type(tree) is dict else tree for tree in trees] == [flat.keys()] * 4
@@ -325,7 +357,7 @@ def test_every_tree_like_the_models_is_flat_in_the_state_that_crosses_a_call(who
 
 
 def test_state_that_has_more_than_one_leaf_for_a_parameter_keeps_them_under_its_path():
-    state = moments(optax.sm3(0.1), plain())
+    state = crossing(optax.sm3(0.1), plain())
     assert [len(state[0].mu[path]) for path in ("conv1/bias", "conv1/kernel")] == [1, 2]
 
 
@@ -342,7 +374,9 @@ def test_the_names_of_leaves_are_what_they_were_with_flat_trees(name):
         optax.contrib.schedule_free_sgd(0.1),
     ):
         optim = ft.Optimizer(parts, {"first": tx, "rest": tx})
-        for part, state in optim.init(whole).items():
+        opt_state = optim.init(whole)
+        for part, state in opt_state.items():
+            assert ft.flatten(state).keys() == ft.flatten(optim.optax_state(opt_state, part)).keys()
             assert ft.flatten(state).keys() == ft.flatten(tx.init(parts.split(whole)[part])).keys()
 
 
