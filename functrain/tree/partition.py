@@ -13,7 +13,7 @@ import optax
 
 from functrain.errors import PartitionError
 from functrain.tree.paths import Flat, PyTree, check_paths, difference_from, flatten
-from functrain.tree.selectors import Selector, describe, matcher, unmatched
+from functrain.tree.selectors import Selector, describe, matcher, resolved, unmatched
 from functrain.tree.text import aligned, bytes_in_words, leaves_in_words, listed
 
 Split = dict[str, Flat]
@@ -225,7 +225,7 @@ def partition(
     if not flat:
         raise PartitionError("the tree has no leaves: give partition() the parameters")
     _warn_of_shared_arrays(flat)
-    owner = _owners(flat, rules, overlap)
+    owner = _owners(flat, {part: _resolved(part, selector, params) for part, selector in rules.items()}, overlap)
     if uncovered := [path for path in flat if path not in owner]:
         raise PartitionError(
             f"no rule takes {listed(uncovered)}: add a rule for {'it' if len(uncovered) == 1 else 'them'},"
@@ -276,6 +276,13 @@ def _owners(flat: Flat, rules: Mapping[str, Selector], overlap: str) -> dict[str
             _raise_shadowed(part, selector, matched, list(earlier))
         owner.update(dict.fromkeys(free, part))
     return owner
+
+
+def _resolved(part: str, selector: Selector, params: PyTree) -> Selector:
+    try:
+        return resolved(selector, params)
+    except PartitionError as error:
+        raise PartitionError(f"rule {part!r}: {error}") from None
 
 
 def _raise_shadowed(part: str, selector: Selector, matched: list[str], earlier: list[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 from functrain.errors import PartitionError
+from functrain.tree.nnx_filters import is_filter, taken
 from functrain.tree.paths import Flat, PyTree, flatten, unflatten
 from functrain.tree.text import leaves_in_words, listed
 
@@ -46,13 +47,18 @@ def matcher(selector: Selector) -> Callable[[str, Any], bool]:
     Args:
       selector: a string (whole segments from the root, and the subtree beneath; `*`, `?`, `[0-3]` within a segment,
         `**` for any number of segments), a compiled regular expression (the whole path), a `(path, leaf) -> bool`,
-        `...` (everything), or a sequence of these (any of them).
+        `...` (everything), or a sequence of these (any of them). Filters of Flax NNX go through `resolved` first.
 
     Raises:
       PartitionError: the selector is none of these.
     """
     if selector is ...:
         return lambda path, leaf: True
+    if isinstance(selector, type):
+        raise PartitionError(
+            f"{selector.__name__} is a class, and no selector: write a path like 'encoder/layers', or an NNX type of"
+            " Variables, such as nnx.Param, for a tree like nnx.state(model)"
+        )
     if isinstance(selector, str):
         matches = _glob(selector)
         return lambda path, leaf: matches(path)
@@ -67,6 +73,19 @@ def matcher(selector: Selector) -> Callable[[str, Any], bool]:
         f"{selector!r} is no selector: write a path like 'encoder/layers', a compiled regex, a function of"
         " (path, leaf), a sequence of these, or ... for all that is left"
     )
+
+
+def resolved(selector: Selector, tree: PyTree) -> Selector:
+    """The selector with what filters of Flax NNX in it take of a tree, as functions of path and leaf.
+
+    Raises:
+      PartitionError: a filter that takes nothing of a tree without Variables.
+    """
+    if is_filter(selector):
+        return taken(selector, tree)
+    if isinstance(selector, Sequence) and not isinstance(selector, str):
+        return [resolved(one, tree) for one in selector]
+    return selector
 
 
 def take(tree: PyTree, selector: Selector) -> tuple[Flat, Flat]:
@@ -89,6 +108,7 @@ def take(tree: PyTree, selector: Selector) -> tuple[Flat, Flat]:
       PartitionError: it takes nothing: misspelt, or taken before.
     """
     flat = flatten(tree)
+    selector = resolved(selector, tree)
     if problem := unmatched(selector, flat):
         raise PartitionError(
             f"take: {problem} (or an earlier take has it: what one takes is gone from the rest that it returns)"
@@ -118,12 +138,13 @@ def mask(selector: Selector, *, invert: bool = False) -> Callable[[PyTree], PyTr
     Raises:
       PartitionError: it is no selector; or, when the function is called, a member of it takes no leaf of the tree.
     """
-    takes = matcher(selector)
+    matcher(resolved(selector, ()))  # What is no selector is refused here, where it was written.
 
     def of(tree: PyTree) -> PyTree:
-        flat = flatten(tree)
-        if problem := unmatched(selector, flat):
+        flat, of_tree = flatten(tree), resolved(selector, tree)
+        if problem := unmatched(of_tree, flat):
             raise PartitionError(f"mask: {problem}")
+        takes = matcher(of_tree)
         return unflatten({path: takes(path, leaf) != invert for path, leaf in flat.items()}, like=tree)
 
     return of
