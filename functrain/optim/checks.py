@@ -16,8 +16,8 @@ from functrain.tree.text import around_first_difference, listed
 _HINT = "split gradients come from make_train_step(loss_fn, parts, wrt=optim.trained) or parts.split(grads)"
 
 
-def check_transforms(parts: Partition, transforms: Mapping[str, Transform], clip_norm: float | None) -> None:
-    """Raises unless every part has one transform, and the norm is one."""
+def check_transforms(parts: Partition, transforms: Mapping[str, Transform]) -> None:
+    """Raises unless every part has one transform."""
     if not isinstance(parts, Partition) or not isinstance(transforms, Mapping):
         raise OptimizerError(
             "Optimizer(parts, transforms) takes an ft.partition(...) and a dict of a transform for each part, not"
@@ -30,8 +30,6 @@ def check_transforms(parts: Partition, transforms: Mapping[str, Transform], clip
     for part, tx in transforms.items():
         if not isinstance(tx, Frozen) and not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise OptimizerError(f"part {part!r}: {tx!r} is no optax transform; write e.g. optax.adam(1e-3)")
-    if clip_norm is not None and not clip_norm > 0:
-        raise OptimizerError(f"clip_norm={clip_norm}: give a positive norm, or None not to clip")
 
 
 def check_params(parts: Partition, trained: Sequence[str], split: Split) -> None:
@@ -56,6 +54,15 @@ def check_one_rate(part: str, state: Any) -> None:
         raise OptimizerError(
             f"part {part!r} has {len(rates_in(state))} with_lr, of which lr={{{part!r}: ...}} could mean any: keep one,"
             " or give each a part of its own"
+        )
+
+
+def check_no_schedule(part: str, state: Any) -> None:
+    """Raises if a schedule says the rate in a state."""
+    if rates_in(state)[0].setting is None:
+        raise OptimizerError(
+            f"the rate of part {part!r} follows a schedule and can't be set for good: give it at each step,"
+            f" step(..., lr={{{part!r}: ...}}), or make the part with a constant rate"
         )
 
 

@@ -6,26 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from functrain.errors import OptimizerError
 from functrain.optim.adoption import Adoption, adopted_states
 from functrain.optim.checks import (
     check_extra_args,
     check_grads,
+    check_no_schedule,
     check_params,
     check_part_state,
     check_state,
     check_transforms,
     checked_rates,
 )
+from functrain.optim.clipping import By, Norms, checked_norms, clipped
 from functrain.optim.learning_rate import rates_in, with_rate
 from functrain.optim.part_transform import PartTransform
 from functrain.optim.state_form import placeholder_type
 from functrain.optim.states import in_place_of, laid_out, like_before, state_shardings
 from functrain.optim.transforms import Frozen, Transform, described
-from functrain.tree.arrays import global_norm
 from functrain.tree.partition import Partition, Split, table
 from functrain.tree.paths import PyTree
 
@@ -34,6 +33,7 @@ from functrain.tree.paths import PyTree
 class Optimizer:
     """One optax transform per part of a partition.
 
+    >>> import jax.numpy as jnp
     >>> from functrain import FROZEN, partition, with_lr
     >>> params = {"body": jnp.ones(2), "head": jnp.ones(2)}
     >>> parts = partition(params, {"head": "head", "body": ...})
@@ -49,21 +49,24 @@ class Optimizer:
     Args:
       parts: the partition.
       transforms: for every part an optax transform, or `FROZEN`.
-      clip_norm: the largest global norm, a positive float, that the gradients given to one `step` or `update` may have,
-        all parts together; larger ones are scaled down. To clip a part alone, chain `optax.clip_by_global_norm` with
-        its transform.
+      clip_norm: the largest norm, a positive float, that the gradients given to one `step` or `update` may have; larger
+        ones are scaled down. `{part: norm}` clips these parts, and no others.
+      clip_by: of what it is the norm: "all" parts together, the default; each "part", the default for norms by part; or
+        each "tensor".
 
     Raises:
-      OptimizerError: a part without a transform, or a transform without a part.
+      OptimizerError: a part without a transform, a transform without a part, or a norm that is none.
     """
 
     parts: Partition
     transforms: Mapping[str, Transform]
-    clip_norm: float | None = dataclasses.field(default=None, kw_only=True)
+    clip_norm: Norms | None = dataclasses.field(default=None, kw_only=True)
+    clip_by: By | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_transforms(self.parts, self.transforms, self.clip_norm)
+        check_transforms(self.parts, self.transforms)
         object.__setattr__(self, "transforms", dict(self.transforms))
+        checked_norms(self.clip_norm, self.clip_by, self.trained)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -121,7 +124,7 @@ class Optimizer:
         rates = checked_rates(lr, opt_state, self.transforms)
         check_extra_args(extra, rates, self.transforms)
         if self.clip_norm is not None:
-            grads = _clipped(grads, self.clip_norm)
+            grads = clipped(grads, *checked_norms(self.clip_norm, self.clip_by, self.trained))
         updates: Split = {}
         new_state = dict(opt_state)
         for part, flat in grads.items():
@@ -159,6 +162,7 @@ class Optimizer:
     def optax_state(self, opt_state: Mapping[str, Any], part: str) -> Any:
         """The state of a part as optax has it, of the model's own tree, for `optax.tree.get` and the like.
 
+        >>> import jax.numpy as jnp
         >>> from functrain import partition
         >>> params = {"body": {"w": jnp.zeros(2)}, "head": jnp.zeros(2)}
         >>> optim = Optimizer(partition(params, {"all": ...}), {"all": optax.sgd(0.1, momentum=0.9)})
@@ -201,11 +205,7 @@ class Optimizer:
         check_state(opt_state, self._structures)
         new_state = dict(opt_state)
         for part, rate in checked_rates(rates, opt_state, self.transforms).items():
-            if rates_in(opt_state[part])[0].setting is None:
-                raise OptimizerError(
-                    f"the rate of part {part!r} follows a schedule and can't be set for good: give it at each step,"
-                    f" step(..., lr={{{part!r}: ...}}), or make the part with a constant rate"
-                )
+            check_no_schedule(part, opt_state[part])
             new_state[part] = with_rate(opt_state[part], rate)
         return new_state
 
@@ -229,6 +229,7 @@ class Optimizer:
     ) -> tuple[dict[str, Any], Adoption]:
         """A state for this optimizer with what fits of another one's: a backbone unfrozen, a part split, SGD for Adam.
 
+        >>> import jax.numpy as jnp
         >>> from functrain import FROZEN, partition
         >>> params = {"body": jnp.ones(2), "head": jnp.ones(2)}
         >>> parts = partition(params, {"head": "head", "body": "body"})
@@ -276,12 +277,3 @@ class Optimizer:
 
     def __repr__(self) -> str:
         return f"Optimizer({', '.join(f'{part}: {name}' for part, name in self.described.items())})"
-
-
-def _clipped(grads: Mapping[str, Mapping[str, Any]], clip_norm: float) -> Split:
-    """The gradients, scaled down together to a global norm of at most `clip_norm`, computed in float32 or wider."""
-    scale = jnp.minimum(1.0, clip_norm / global_norm(grads))
-    return {
-        part: {path: (grad * scale).astype(jnp.result_type(grad)) for path, grad in flat.items()}
-        for part, flat in grads.items()
-    }
