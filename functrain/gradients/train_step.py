@@ -10,7 +10,7 @@ from functrain.errors import LossError
 from functrain.gradients.loss import Context, Loss, make_losses
 from functrain.gradients.reach import check_reached, recording_reach
 from functrain.gradients.routes import Route, Weight, normalised, weighted_sum, weightings, weights_of_sum
-from functrain.tree.arrays import wide
+from functrain.tree.arrays import conjugate, wide
 from functrain.tree.partition import Partition
 from functrain.tree.paths import PyTree, flatten
 from functrain.tree.selectors import non_float
@@ -140,14 +140,9 @@ def make_gradient(
             check_reached(parts, wrt, reached, audit)
         if scale is not None:
             grads = jax.tree.map(lambda grad: wide(grad) / scale, grads)
-        return jax.tree.map(_ascending, grads), loss, total
+        return conjugate(grads), loss, total  # The direction in which the loss grows.
 
     return gradient
-
-
-def _ascending(grad: jax.Array) -> jax.Array:
-    """The direction in which the loss grows fastest: of a complex parameter the conjugate of JAX's gradient."""
-    return jnp.conj(grad) if jnp.iscomplexobj(grad) else grad
 
 
 def _of_the_sum(

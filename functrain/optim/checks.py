@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from functrain.errors import OptimizerError, PartitionError
+from functrain.optim.declared import accepted
 from functrain.optim.learning_rate import rates_in
-from functrain.optim.transforms import Frozen, Transform, takes_extra_args
+from functrain.optim.transforms import Frozen, Transform
 from functrain.tree.partition import Partition, Split
 from functrain.tree.selectors import non_float
 from functrain.tree.text import around_first_difference, listed
@@ -163,7 +164,7 @@ def check_extra_args(extra: Mapping[str, Any], rates: Mapping[str, Any], transfo
     """Raises for a rate that would reach every part, or would not reach its own."""
     if "learning_rate" in extra:
         raise OptimizerError("learning_rate= would set the rate of every part: write lr={part: rate}")
-    if lost := [part for part in rates if not takes_extra_args(transforms[part])]:
+    if lost := [part for part in rates if not accepted(transforms[part], {"learning_rate": None})]:
         raise OptimizerError(
             f"lr for part {listed(lost)}: the transform around its with_lr takes no extra arguments, so that the"
             " rate would be lost; make it an optax.GradientTransformationExtraArgs that passes them on"

@@ -107,8 +107,10 @@ class Optimizer:
           opt_state: from `init` or the last step.
           params: the whole tree.
           lr: learning rates of this step alone, by part; parts that make no step now may be named too.
-          **extra: optax's extra arguments (`value=`); given to every transform that takes them. Of a tree like params a
-            part is given its own leaves; a function of whole params (`value_fn=`) is one of the part's leaves to it.
+          **extra: optax's extra arguments, given to the transforms that declare them: `value=`, the loss, `value_fn=`,
+            the loss as a function of whole params, or any other. Of a tree like params, or a split one, a part is given
+            its own leaves; a function of whole params is one of the part's leaves to it. `grad` and `grad_fn` follow
+            from the gradients and from `value_fn`.
 
         Returns:
           `{part: {path: update}}` of the given parts, and the whole new state, of unchanged structure and dtypes.
@@ -123,13 +125,14 @@ class Optimizer:
         check_state(opt_state, self._structures)
         rates = checked_rates(lr, opt_state, self.transforms)
         check_extra_args(extra, rates, self.transforms)
+        unclipped = grads
         if self.clip_norm is not None:
             grads = clipped(grads, *checked_norms(self.clip_norm, self.clip_by, self.trained))
         updates: Split = {}
         new_state = dict(opt_state)
         for part, flat in grads.items():
             of_part = self._transforms[part]
-            given = {name: of_part.tree.argument(value, params) for name, value in extra.items()}
+            given = of_part.arguments(extra, unclipped[part], params)
             if part in rates:
                 given["learning_rate"] = rates[part]
             updates[part], new_state[part] = of_part.update(flat, opt_state[part], split[part], **given)

@@ -1,5 +1,6 @@
 """The model's own tree, as the transform of one part is given it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,13 @@ import optax
 
 from functrain.tree.partition import Partition
 from functrain.tree.paths import Flat, PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ByPart:
+    """An extra argument that is another one for each part."""
+
+    of: Mapping[str, Any]
 
 
 class OwnTree:
@@ -48,14 +56,16 @@ class OwnTree:
         """An extra argument for the transform: of a tree, its own leaves; a function, as one of its own tree.
 
         Args:
-          value: a tree like params or a split one becomes the part's tree. A function of whole params becomes one of
-            the part's tree, the other leaves being those of `params`. What is neither stays as it is.
+          value: a tree like params, or a split one, becomes the part's tree. A function of whole params becomes one of
+            the part's tree, the other leaves being those of `params`. What is none of these stays as it is.
           params: the whole params.
         """
+        if isinstance(value, ByPart):
+            return self.argument(value.of[self._part], params)
         if self._is_whole(value):
             return self.masked(value)
-        if isinstance(value, Mapping) and self._is_flat(value.get(self._part)):
-            return self.nested(value[self._part])
+        if isinstance(value, Mapping) and isinstance(flat := value.get(self._part), Mapping):
+            return self.nested(flat) if flat.keys() == {*self.paths} else value
         return self._function(value, params) if callable(value) else value
 
     def _has_structure(self, tree: Any) -> bool:
@@ -63,9 +73,6 @@ class OwnTree:
 
     def _is_whole(self, tree: Any) -> bool:
         return bool(jax.tree.structure(tree) == self._parts.treedef)
-
-    def _is_flat(self, value: Any) -> bool:
-        return isinstance(value, Mapping) and value.keys() == set(self.paths)
 
     def _function(self, function: Callable[..., Any], params: PyTree) -> Callable[..., Any]:
         def whole(value: Any) -> Any:
@@ -78,7 +85,7 @@ class OwnTree:
             returned = function(*map(whole, args), **kwargs)
             return self.masked(returned) if self._is_whole(returned) else returned
 
-        return of_own_tree
+        return jax.tree_util.Partial(of_own_tree)  # A pytree, which may be handed through lax.cond.
 
 
 def is_masked(node: Any) -> bool:

@@ -10,11 +10,11 @@ import optax
 
 from functrain.errors import OptimizerError, PartitionError
 from functrain.optim.checks import check_one_rate, check_shapes
+from functrain.optim.declared import KNOWN, accepted, declared
 from functrain.optim.own_tree import OwnTree
 from functrain.optim.state_form import StateForm
 from functrain.optim.states import in_one_dtype, laid_out, like_before
-from functrain.optim.transforms import with_extra_args
-from functrain.tree.arrays import as_array
+from functrain.tree.arrays import as_array, conjugate
 from functrain.tree.partition import Partition
 from functrain.tree.paths import Flat, PyTree
 from functrain.tree.text import around_first_difference
@@ -56,6 +56,30 @@ class PartTransform:
         check_one_rate(self.part, state)
         return laid_out(state, params)
 
+    def arguments(self, extra: Mapping[str, Any], grads: Mapping[str, Any], params: PyTree) -> dict[str, Any]:
+        """Of optax's extra arguments those that the transform declares, as it is given them.
+
+        Args:
+          extra: of whole params, or by part. From `value_fn` follow `grad_fn`, which optax wants conjugated, and
+            `obj_fn`, which is Sophia's name of it.
+          grads: the gradients as they were given; `grad` is JAX's own, without the conjugate.
+          params: the whole params.
+        """
+        given = {name: self.tree.argument(value, params) for name, value in extra.items()}
+        if "grad" in self._declared:
+            given.setdefault("grad", conjugate(self.tree.nested(grads)))
+        if (value_fn := given.get("value_fn")) is not None:
+            of_value = jax.grad(value_fn)
+            given.setdefault("obj_fn", value_fn)
+            given.setdefault("grad_fn", jax.tree_util.Partial(lambda tree, *_: conjugate(of_value(tree))))
+        unasked = KNOWN - (self._declared or extra.keys())
+        return accepted(self.tx, {name: value for name, value in given.items() if name not in unasked})
+
+    @functools.cached_property
+    def _declared(self) -> frozenset[str]:
+        """What it asks for; nothing where it takes anything, and does not say what."""
+        return declared(self.tx)
+
     def update(self, grads: Mapping[str, Any], state: Any, params: Mapping[str, Any], **extra: Any) -> tuple[Flat, Any]:
         """The updates and the next state, of unchanged structure and dtypes.
 
@@ -63,7 +87,7 @@ class PartTransform:
           grads: the gradients.
           state: the state that crosses calls.
           params: the parameters.
-          **extra: optax's extra arguments, of the model's own tree.
+          **extra: from `arguments`.
 
         Raises:
           OptimizerError: the transform returns updates or a state of another structure or shapes.
@@ -72,9 +96,8 @@ class PartTransform:
         gradients = self.tree.nested(wide_grads)
         if self.form.looks_ahead:
             gradients = gradients.fast
-        returned, new = with_extra_args(self.tx).update(
-            gradients, self.form.to_own(wide_state), self.tree.nested(wide_params), **extra
-        )
+        tx: Any = self.tx
+        returned, new = tx.update(gradients, self.form.to_own(wide_state), self.tree.nested(wide_params), **extra)
         updates = self._flat_updates(returned)
         check_shapes(updates, params, f"the updates of part {self.part!r}")
         return updates, like_before(new, state, self.form, f"part {self.part!r}: the state that its transform returns")
