@@ -34,7 +34,7 @@ from functrain.optim.optimizer import Optimizer
 from functrain.optim.transforms import FROZEN
 from functrain.tree.partition import Partition, partition
 from functrain.tree.paths import flatten, unflatten
-from functrain.tree.selectors import Selector, non_float, take
+from functrain.tree.selectors import Selector, mask, non_float, take
 from functrain.update.phases import Alternation, Phase, alternate
 from functrain.update.precision import DynamicScale
 from functrain.update.state import TrainState
@@ -116,6 +116,7 @@ __all__ = [
     "load_params",
     "make_train_step",
     "make_update",
+    "mask",
     "non_float",
     "partition",
     "read_json_lines",

@@ -10,6 +10,7 @@ from functrain.errors import LossError
 from functrain.gradients.loss import Context, Loss, make_losses
 from functrain.gradients.reach import check_reached, recording_reach
 from functrain.gradients.routes import Route, Weight, normalised, weighted_sum, weightings, weights_of_sum
+from functrain.tree.arrays import conjugate, wide
 from functrain.tree.partition import Partition
 from functrain.tree.paths import PyTree, flatten
 from functrain.tree.selectors import non_float
@@ -61,8 +62,9 @@ def make_train_step(
 
     Returns:
       `train_step(params, batch, *, key=None, model_state=None, step=None) -> (grads, loss)`. Each gradient has its
-      parameter's shape and dtype. `loss` is always a `Loss`; its `model_state` is the new one, or the given one where
-      `loss_fn` returns none. A keyword that `loss_fn` does not declare is ignored.
+      parameter's shape and dtype; of a complex parameter it is the conjugate of `jax.grad`'s, the direction in which
+      the loss grows, as optax asks for. `loss` is always a `Loss`; its `model_state` is the new one, or the given one
+      where `loss_fn` returns none. A keyword that `loss_fn` does not declare is ignored.
 
     Raises:
       LossError: `loss_fn` requires an argument that functrain does not know; and from `train_step`, when traced: a
@@ -137,8 +139,8 @@ def make_gradient(
         if audit is not None and parts is not None:
             check_reached(parts, wrt, reached, audit)
         if scale is not None:
-            grads = jax.tree.map(lambda grad: grad.astype(jnp.float32) / scale, grads)
-        return grads, loss, total
+            grads = jax.tree.map(lambda grad: wide(grad) / scale, grads)
+        return conjugate(grads), loss, total  # The direction in which the loss grows.
 
     return gradient
 

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functrain.tree.paths import Flat
+from functrain.optim.states import parameter_of
+from functrain.tree.partition import Partition
+from functrain.tree.paths import Flat, flatten, unflatten
 from functrain.tree.text import leaves_in_words
 
 _RATES = {"learning_rate", "setting"}  # Of with_lr: the new optimizer's own.
@@ -113,11 +115,25 @@ def adopted(
     return states, Adoption(carried, anew, dropped, {part: tuple(names) for part, names in sources.items()})
 
 
+def adopted_states(
+    new: Mapping[str, Any], old: Mapping[str, Any], parts: Partition, old_parts: Partition
+) -> tuple[dict[str, Any], Adoption]:
+    """As `adopted`, of states as an optimizer has them, and the partitions of their params."""
+    states, report = adopted(
+        {part: flatten(state) for part, state in new.items()},
+        {part: flatten(state) for part, state in old.items()},
+        {part: parts.paths(part) for part in parts.names},
+        {part: old_parts.paths(part) for part in old_parts.names},
+    )
+    return {part: unflatten(flat, like=new[part]) for part, flat in states.items()}, report
+
+
 def _entries(part: str, flat: Flat, paths: Sequence[str]) -> list[_Entry]:
     """The leaves of a state with their field, the last name before the parameter's path."""
     found = []
+    known = frozenset(paths)
     for name, leaf in flat.items():
-        of = max((path for path in paths if name == path or name.endswith("/" + path)), key=len, default=None)
+        of = parameter_of([name], known)
         prefix = name if of is None else name.removesuffix(of).removesuffix("/")
         found.append(_Entry(part, name, prefix.rpartition("/")[2] or "state", of, leaf))
     return found

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from functrain.errors import OptimizerError, PartitionError
+from functrain.optim.declared import accepted
 from functrain.optim.learning_rate import rates_in
-from functrain.optim.transforms import Frozen, Transform, takes_extra_args
+from functrain.optim.transforms import Frozen, Transform
 from functrain.tree.partition import Partition, Split
 from functrain.tree.selectors import non_float
 from functrain.tree.text import around_first_difference, listed
@@ -16,8 +17,8 @@ from functrain.tree.text import around_first_difference, listed
 _HINT = "split gradients come from make_train_step(loss_fn, parts, wrt=optim.trained) or parts.split(grads)"
 
 
-def check_transforms(parts: Partition, transforms: Mapping[str, Transform], clip_norm: float | None) -> None:
-    """Raises unless every part has one transform, and the norm is one."""
+def check_transforms(parts: Partition, transforms: Mapping[str, Transform]) -> None:
+    """Raises unless every part has one transform."""
     if not isinstance(parts, Partition) or not isinstance(transforms, Mapping):
         raise OptimizerError(
             "Optimizer(parts, transforms) takes an ft.partition(...) and a dict of a transform for each part, not"
@@ -30,8 +31,6 @@ def check_transforms(parts: Partition, transforms: Mapping[str, Transform], clip
     for part, tx in transforms.items():
         if not isinstance(tx, Frozen) and not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise OptimizerError(f"part {part!r}: {tx!r} is no optax transform; write e.g. optax.adam(1e-3)")
-    if clip_norm is not None and not clip_norm > 0:
-        raise OptimizerError(f"clip_norm={clip_norm}: give a positive norm, or None not to clip")
 
 
 def check_params(parts: Partition, trained: Sequence[str], split: Split) -> None:
@@ -56,6 +55,15 @@ def check_one_rate(part: str, state: Any) -> None:
         raise OptimizerError(
             f"part {part!r} has {len(rates_in(state))} with_lr, of which lr={{{part!r}: ...}} could mean any: keep one,"
             " or give each a part of its own"
+        )
+
+
+def check_no_schedule(part: str, state: Any) -> None:
+    """Raises if a schedule says the rate in a state."""
+    if rates_in(state)[0].setting is None:
+        raise OptimizerError(
+            f"the rate of part {part!r} follows a schedule and can't be set for good: give it at each step,"
+            f" step(..., lr={{{part!r}: ...}}), or make the part with a constant rate"
         )
 
 
@@ -113,6 +121,16 @@ def check_state(opt_state: Mapping[str, Any], structures: Mapping[str, Any]) -> 
             )
 
 
+def check_part_state(opt_state: Mapping[str, Any], structures: Mapping[str, Any], part: str) -> None:
+    """Raises unless an optimizer state is of the given tree structures, and has this part."""
+    check_state(opt_state, structures)
+    if part not in structures:
+        raise OptimizerError(
+            f"part {part!r} has no optimizer state: it is frozen or unknown; the trained parts are"
+            f" {listed(structures, 30)}"
+        )
+
+
 def checked_rates(
     lr: Mapping[str, Any] | None, opt_state: Mapping[str, Any], transforms: Mapping[str, Transform]
 ) -> dict[str, jax.Array]:
@@ -146,7 +164,7 @@ def check_extra_args(extra: Mapping[str, Any], rates: Mapping[str, Any], transfo
     """Raises for a rate that would reach every part, or would not reach its own."""
     if "learning_rate" in extra:
         raise OptimizerError("learning_rate= would set the rate of every part: write lr={part: rate}")
-    if lost := [part for part in rates if not takes_extra_args(transforms[part])]:
+    if lost := [part for part in rates if not accepted(transforms[part], {"learning_rate": None})]:
         raise OptimizerError(
             f"lr for part {listed(lost)}: the transform around its with_lr takes no extra arguments, so that the"
             " rate would be lost; make it an optax.GradientTransformationExtraArgs that passes them on"

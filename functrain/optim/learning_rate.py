@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from functrain.errors import OptimizerError
+from functrain.optim.declared import accepted
+from functrain.tree.paths import same_structure
 
 
 class WithLrState(NamedTuple):
@@ -61,9 +63,8 @@ def with_lr(
     parameters = inspect.signature(factory).parameters
     by_name = "learning_rate" in parameters
 
-    def make(rate: Any) -> optax.GradientTransformationExtraArgs:
-        made = factory(learning_rate=rate, **rest) if by_name else factory(rate, **rest)
-        return optax.with_extra_args_support(made)
+    def make(rate: Any) -> optax.GradientTransformation:
+        return factory(learning_rate=rate, **rest) if by_name else factory(rate, **rest)
 
     def init(params: Any) -> WithLrState:
         if callable(lr):
@@ -79,13 +80,17 @@ def with_lr(
         if learning_rate is None:
             learning_rate = lr(state.steps) if callable(lr) else state.setting
         rate = jnp.asarray(learning_rate, jnp.float32)
-        scaled, inner = make(rate).update(updates, state.inner, params, **extra)
-        # The rate is float32, an update of optax has its gradient's dtype.
-        scaled = jax.tree.map(lambda update, grad: update.astype(jnp.result_type(grad)), scaled, updates)
+        made: Any = make(rate)
+        scaled, inner = made.update(updates, state.inner, params, **accepted(made, extra))
+        # The rate is float32, an update of optax has its gradient's dtype. Lookahead's updates are more than its
+        # gradients.
+        like = updates if same_structure(scaled, updates) else params
+        scaled = jax.tree.map(lambda update, leaf: update.astype(jnp.result_type(leaf)), scaled, like)
         steps = None if state.steps is None else optax.safe_increment(state.steps)
         return scaled, WithLrState(rate, state.setting, steps, inner)
 
     named = factory.func if isinstance(factory, functools.partial) else factory
+    update.makes = functools.partial(make, 1.0)  # type: ignore[attr-defined]  # For `declared`.
     update.__qualname__ = getattr(named, "__name__", "with_lr")
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -6,33 +6,34 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from functrain.errors import OptimizerError
-from functrain.optim.adoption import Adoption, adopted
+from functrain.optim.adoption import Adoption, adopted_states
 from functrain.optim.checks import (
     check_extra_args,
     check_grads,
-    check_one_rate,
+    check_no_schedule,
     check_params,
-    check_shapes,
+    check_part_state,
     check_state,
     check_transforms,
     checked_rates,
 )
+from functrain.optim.clipping import By, Norms, checked_norms, clipped
 from functrain.optim.learning_rate import rates_in, with_rate
-from functrain.optim.states import in_one_dtype, laid_out, like_before, state_shardings
-from functrain.optim.transforms import Frozen, Transform, described, with_extra_args
-from functrain.tree.arrays import as_array, global_norm
+from functrain.optim.part_transform import PartTransform
+from functrain.optim.state_form import placeholder_type
+from functrain.optim.states import in_place_of, laid_out, like_before, state_shardings
+from functrain.optim.transforms import Frozen, Transform, described
 from functrain.tree.partition import Partition, Split, table
-from functrain.tree.paths import PyTree, flatten, unflatten
+from functrain.tree.paths import PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Optimizer:
     """One optax transform per part of a partition.
 
+    >>> import jax.numpy as jnp
     >>> from functrain import FROZEN, partition, with_lr
     >>> params = {"body": jnp.ones(2), "head": jnp.ones(2)}
     >>> parts = partition(params, {"head": "head", "body": ...})
@@ -42,26 +43,30 @@ class Optimizer:
     >>> params["head"].tolist(), params["body"].tolist()
     ([0.5, 0.5], [1.0, 1.0])
 
-    A transform is given flat trees, `{path: leaf}`: so are its masks and callables. `print(optim)` is a table.
+    A transform is given the model's own tree, with `optax.MaskedNode()` where leaves of other parts are, as under
+    `optax.multi_transform`: so are its masks and callables. `print(optim)` is a table.
 
     Args:
       parts: the partition.
       transforms: for every part an optax transform, or `FROZEN`.
-      clip_norm: the largest global norm, a positive float, that the gradients given to one `step` or `update` may have,
-        all parts together; larger ones are scaled down. To clip a part alone, chain `optax.clip_by_global_norm` with
-        its transform.
+      clip_norm: the largest norm, a positive float, that the gradients given to one `step` or `update` may have; larger
+        ones are scaled down. `{part: norm}` clips these parts, and no others.
+      clip_by: of what it is the norm: "all" parts together, the default; each "part", the default for norms by part; or
+        each "tensor".
 
     Raises:
-      OptimizerError: a part without a transform, or a transform without a part.
+      OptimizerError: a part without a transform, a transform without a part, or a norm that is none.
     """
 
     parts: Partition
     transforms: Mapping[str, Transform]
-    clip_norm: float | None = dataclasses.field(default=None, kw_only=True)
+    clip_norm: Norms | None = dataclasses.field(default=None, kw_only=True)
+    clip_by: By | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_transforms(self.parts, self.transforms, self.clip_norm)
+        check_transforms(self.parts, self.transforms)
         object.__setattr__(self, "transforms", dict(self.transforms))
+        checked_norms(self.clip_norm, self.clip_by, self.trained)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -71,21 +76,19 @@ class Optimizer:
     def init(self, params: PyTree) -> dict[str, Any]:
         """The optimizer state of every trained part: `{part: state of its transform}`.
 
-        Called outside of `jit`, moments are laid out as their parameters, and scalars are replicated over their mesh.
+        Each is optax's own, but with `{path: leaf}` for each subtree of the model's structure; see `optax_state`.
+        Outside of `jit`, moments are laid out as their parameters, and scalars are replicated over their mesh.
 
         Raises:
           PartitionError: params are not of the partition's structure.
           OptimizerError: a shape is not the partition's, a trained leaf is not floating point, or a part has two
             `with_lr`.
         """
+        if isinstance(params, placeholder_type()):  # From optax.tree_map_params(optim, ...).
+            return {part: of_part.form.with_placeholder(params) for part, of_part in self._transforms.items()}
         split = self.parts.split(params)
         check_params(self.parts, self.trained, split)
-        opt_state = {}
-        for part in self.trained:
-            state = jax.tree.map(as_array, self._tx(part).init(split[part]))
-            check_one_rate(part, state)
-            opt_state[part] = laid_out(state, split[part])
-        return opt_state
+        return {part: of_part.init(split[part]) for part, of_part in self._transforms.items()}
 
     def update(
         self,
@@ -104,7 +107,10 @@ class Optimizer:
           opt_state: from `init` or the last step.
           params: the whole tree.
           lr: learning rates of this step alone, by part; parts that make no step now may be named too.
-          **extra: optax's extra arguments (`value=`); given to every transform that takes them.
+          **extra: optax's extra arguments, given to the transforms that declare them: `value=`, the loss, `value_fn=`,
+            the loss as a function of whole params, or any other. Of a tree like params, or a split one, a part is given
+            its own leaves; a function of whole params is one of the part's leaves to it. `grad` and `grad_fn` follow
+            from the gradients and from `value_fn`.
 
         Returns:
           `{part: {path: update}}` of the given parts, and the whole new state, of unchanged structure and dtypes.
@@ -119,15 +125,17 @@ class Optimizer:
         check_state(opt_state, self._structures)
         rates = checked_rates(lr, opt_state, self.transforms)
         check_extra_args(extra, rates, self.transforms)
+        unclipped = grads
         if self.clip_norm is not None:
-            grads = _clipped(grads, self.clip_norm)
+            grads = clipped(grads, *checked_norms(self.clip_norm, self.clip_by, self.trained))
         updates: Split = {}
         new_state = dict(opt_state)
         for part, flat in grads.items():
-            given = {**extra, "learning_rate": rates[part]} if part in rates else extra
-            updates[part], state = self._tx(part).update(*in_one_dtype(flat, opt_state[part], split[part]), **given)
-            new_state[part] = like_before(state, opt_state[part], part)
-            check_shapes(updates[part], split[part], f"the updates of part {part!r}")
+            of_part = self._transforms[part]
+            given = of_part.arguments(extra, unclipped[part], params)
+            if part in rates:
+                given["learning_rate"] = rates[part]
+            updates[part], new_state[part] = of_part.update(flat, opt_state[part], split[part], **given)
         return updates, new_state
 
     def step(
@@ -154,6 +162,33 @@ class Optimizer:
         new = {part: optax.apply_updates(split[part], dict(updates[part])) for part in updates}
         return self.parts.merge(new, into=params)
 
+    def optax_state(self, opt_state: Mapping[str, Any], part: str) -> Any:
+        """The state of a part as optax has it, of the model's own tree, for `optax.tree.get` and the like.
+
+        >>> import jax.numpy as jnp
+        >>> from functrain import partition
+        >>> params = {"body": {"w": jnp.zeros(2)}, "head": jnp.zeros(2)}
+        >>> optim = Optimizer(partition(params, {"all": ...}), {"all": optax.sgd(0.1, momentum=0.9)})
+        >>> opt_state = optim.init(params)
+        >>> list(opt_state["all"][0].trace), list(optim.optax_state(opt_state, "all")[0].trace["body"])
+        (['body/w', 'head'], ['w'])
+
+        Raises:
+          OptimizerError: an unknown or frozen part, or a state that is not of this optimizer.
+        """
+        check_part_state(opt_state, self._structures, part)
+        return self._transforms[part].form.to_own(opt_state[part])
+
+    def with_optax_state(self, opt_state: Mapping[str, Any], part: str, state: Any) -> dict[str, Any]:
+        """The same optimizer state with a part's state as optax has it, of the dtypes of the one before.
+
+        Raises:
+          OptimizerError: an unknown or frozen part, or a state of another structure or shapes.
+        """
+        check_part_state(opt_state, self._structures, part)
+        what, old = f"the state given for part {part!r}", opt_state[part]
+        return {**opt_state, part: in_place_of(old, like_before(state, old, self._transforms[part].form, what), what)}
+
     def learning_rates(self, opt_state: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The rates last used, or set since, of the parts that have a `with_lr`: `{part: float32 scalar}`."""
         check_state(opt_state, self._structures)
@@ -173,11 +208,7 @@ class Optimizer:
         check_state(opt_state, self._structures)
         new_state = dict(opt_state)
         for part, rate in checked_rates(rates, opt_state, self.transforms).items():
-            if rates_in(opt_state[part])[0].setting is None:
-                raise OptimizerError(
-                    f"the rate of part {part!r} follows a schedule and can't be set for good: give it at each step,"
-                    f" step(..., lr={{{part!r}: ...}}), or make the part with a constant rate"
-                )
+            check_no_schedule(part, opt_state[part])
             new_state[part] = with_rate(opt_state[part], rate)
         return new_state
 
@@ -191,17 +222,17 @@ class Optimizer:
           A tree like the state: a parameter's sharding for state that is shaped like it; replicated for the rest.
         """
         split = self.parts.split(params_shardings)
-        found = {}
-        for part in self.trained:
-            shapes = self.parts.shapes(part)
-            found[part] = state_shardings(jax.eval_shape(self._tx(part).init, shapes), shapes, split[part])
-        return found
+        return {
+            part: state_shardings(of_part.form.shapes, self.parts.shapes(part), split[part])
+            for part, of_part in self._transforms.items()
+        }
 
     def adopt(
         self, other: "Optimizer", other_state: Mapping[str, Any], params: PyTree
     ) -> tuple[dict[str, Any], Adoption]:
         """A state for this optimizer with what fits of another one's: a backbone unfrozen, a part split, SGD for Adam.
 
+        >>> import jax.numpy as jnp
         >>> from functrain import FROZEN, partition
         >>> params = {"body": jnp.ones(2), "head": jnp.ones(2)}
         >>> parts = partition(params, {"head": "head", "body": "body"})
@@ -225,27 +256,19 @@ class Optimizer:
           PartitionError: params are not of the partition's structure.
         """
         check_state(other_state, other._structures)
-        fresh = self.init(params)
-        states, report = adopted(
-            {part: flatten(state) for part, state in fresh.items()},
-            {part: flatten(state) for part, state in other_state.items()},
-            {part: self.parts.paths(part) for part in self.parts.names},
-            {part: other.parts.paths(part) for part in other.parts.names},
-        )
-        opt_state = {part: unflatten(flat, like=fresh[part]) for part, flat in states.items()}
+        opt_state, report = adopted_states(self.init(params), other_state, self.parts, other.parts)
         split = self.parts.split(params)
         return {part: laid_out(state, split[part]) for part, state in opt_state.items()}, report
 
     @functools.cached_property
+    def _transforms(self) -> dict[str, PartTransform]:
+        """The transforms of the trained parts."""
+        return {part: PartTransform(self.parts, part, self.transforms[part]) for part in self.trained}
+
+    @property
     def _structures(self) -> dict[str, Any]:
         """The tree structures of the states of the trained parts."""
-        shapes = {part: jax.eval_shape(self._tx(part).init, self.parts.shapes(part)) for part in self.trained}
-        return {part: jax.tree.structure(state) for part, state in shapes.items()}
-
-    def _tx(self, part: str) -> optax.GradientTransformationExtraArgs:
-        tx = self.transforms[part]
-        assert not isinstance(tx, Frozen)
-        return with_extra_args(tx)
+        return {part: of_part.form.crossing for part, of_part in self._transforms.items()}
 
     @property
     def described(self) -> dict[str, str]:
@@ -257,12 +280,3 @@ class Optimizer:
 
     def __repr__(self) -> str:
         return f"Optimizer({', '.join(f'{part}: {name}' for part, name in self.described.items())})"
-
-
-def _clipped(grads: Mapping[str, Mapping[str, Any]], clip_norm: float) -> Split:
-    """The gradients, scaled down together to a global norm of at most `clip_norm`, computed in float32 or wider."""
-    scale = jnp.minimum(1.0, clip_norm / global_norm(grads))
-    return {
-        part: {path: (grad * scale).astype(jnp.result_type(grad)) for path, grad in flat.items()}
-        for part, flat in grads.items()
-    }

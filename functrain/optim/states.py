@@ -1,12 +1,14 @@
 """How an optimizer state keeps its form: its structure, its dtypes, and where it lies."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import DictKey
 
 from functrain.errors import OptimizerError
+from functrain.optim.state_form import StateForm
 from functrain.tree.arrays import as_array, replicated_like
 from functrain.tree.paths import structure_difference
 
@@ -24,7 +26,7 @@ def in_one_dtype(
     }
 
     def widened(keys: tuple[Any, ...], leaf: Any) -> Any:
-        path = _path_among(params, keys)
+        path = _parameter_at(keys, params)
         if path is None or jnp.result_type(leaf) != jnp.result_type(params[path]):
             return leaf
         return jnp.asarray(leaf, wide[path])
@@ -34,20 +36,49 @@ def in_one_dtype(
     return grads, state, of_params
 
 
-def _path_among(params: Mapping[str, Any], keys: tuple[Any, ...]) -> str | None:
-    """The parameter that a leaf of a state belongs to: a transform keeps the keys of the flat tree it was given."""
-    names = (getattr(key, "key", None) for key in reversed(keys))
-    return next((name for name in names if name in params), None)
+def parameter_of(names: Sequence[str], paths: Container[str]) -> str | None:
+    """The parameter that a leaf of a state belongs to: the one whose path the last name ends with, or one above it.
+
+    >>> parameter_of(["conv/kernel"], {"kernel", "conv/kernel"}), parameter_of(["0/mu/conv/kernel"], {"kernel"})
+    ('conv/kernel', 'kernel')
+
+    Args:
+      names: the keys of the dicts that the leaf is in, the outermost first; or its name alone, of a checkpoint.
+      paths: of the parameters.
+    """
+    for name in reversed(names):
+        segments = name.split("/")
+        for begin in range(len(segments)):
+            if (path := "/".join(segments[begin:])) in paths:
+                return path
+    return None
 
 
-def like_before(new: Any, old: Any, part: str) -> Any:
-    """A state as its transform returned it, with the dtypes of the state before."""
-    if differs := structure_difference(new, old):
+def _parameter_at(keys: tuple[Any, ...], paths: Container[str]) -> str | None:
+    return parameter_of([key.key for key in keys if isinstance(key, DictKey) and isinstance(key.key, str)], paths)
+
+
+def like_before(new: Any, old: Any, form: StateForm, what: str) -> Any:
+    """A state of optax's own form in the one that crosses calls, with the dtypes of the state before."""
+    if jax.tree.structure(new) != form.own:
         raise OptimizerError(
-            f"part {part!r}: the state that its transform returns is not of the structure of the one it was given: it"
-            f" {differs}; if the state was restored, restore it like optim.init(params)"
+            f"{what} is not of the structure of the one before: it {structure_difference(new, form.to_own(old))}; if"
+            " the state was restored, restore it like optim.init(params)"
         )
-    return jax.tree.map(lambda after, before: as_array(after, jnp.result_type(before)), new, old)
+    return jax.tree.map(lambda after, before: as_array(after, jnp.result_type(before)), form.to_cross(new), old)
+
+
+def in_place_of(old: Any, new: Any, what: str) -> Any:
+    """A state with the shapes of the one before, where that one lies."""
+
+    def placed(after: jax.Array, before: Any) -> jax.Array:
+        if after.shape != before.shape:
+            raise OptimizerError(f"{what} holds a leaf of shape {after.shape} where one of {before.shape} was: keep it")
+        if isinstance(before, jax.core.Tracer) or isinstance(after, jax.core.Tracer):
+            return after
+        return jax.device_put(after, before.sharding) if before.committed else after
+
+    return jax.tree.map(placed, new, old)
 
 
 def laid_out(state: Any, params: Mapping[str, Any]) -> Any:
@@ -65,7 +96,7 @@ def state_shardings(state: Any, params: Mapping[str, Any], shardings: Mapping[st
     replicated = replicated_like(next(iter(shardings.values())))
 
     def of(keys: tuple[Any, ...], leaf: Any) -> Any:
-        path = _path_among(params, keys)
+        path = _parameter_at(keys, params)
         return shardings[path] if path is not None and leaf.shape == params[path].shape else replicated
 
     return jax.tree_util.tree_map_with_path(of, state)

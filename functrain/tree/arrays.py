@@ -27,6 +27,15 @@ def wide(leaf: Any) -> jax.Array:
     return jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))
 
 
+def conjugate(tree: PyTree) -> PyTree:
+    """The tree with its complex leaves conjugated.
+
+    >>> conjugate({"w": 1.0, "z": 1.0 + 2.0j})["z"].item()
+    (1-2j)
+    """
+    return jax.tree.map(lambda leaf: jnp.conj(leaf) if jnp.iscomplexobj(leaf) else leaf, tree)
+
+
 def global_norm(tree: PyTree) -> jax.Array:
     """The Euclidean norm of all leaves together, computed in float32 or wider."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(jnp.abs(wide(leaf)))) for leaf in jax.tree.leaves(tree)))

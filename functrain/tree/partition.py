@@ -9,10 +9,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from functrain.errors import PartitionError
 from functrain.tree.paths import Flat, PyTree, check_paths, difference_from, flatten
-from functrain.tree.selectors import Selector, describe, matcher, unmatched
+from functrain.tree.selectors import Selector, describe, matcher, resolved, unmatched
 from functrain.tree.text import aligned, bytes_in_words, leaves_in_words, listed
 
 Split = dict[str, Flat]
@@ -104,6 +105,26 @@ class Partition:
             for path, i in index.items():
                 leaves[i] = flat[path]
         return jax.tree.unflatten(self.treedef, leaves)
+
+    def masked(self, tree: PyTree, part: str) -> PyTree:
+        """A whole tree with `optax.MaskedNode()` where leaves of other parts are: what a part's transform is given.
+
+        >>> parts = partition({"a": 1.0, "b": [2.0]}, {"first": "a", "rest": ...})
+        >>> parts.masked({"a": 1.0, "b": [2.0]}, "rest")
+        {'a': MaskedNode(), 'b': [2.0]}
+
+        Args:
+          tree: a tree of the structure that the partition was made from.
+          part: the part whose leaves stay.
+
+        Raises:
+          PartitionError: an unknown part, or a tree of another structure.
+        """
+        self.check_names([part], "masked")
+        kept = zip(self.leaves, self._leaves_of(tree, "the tree to mask"), strict=True)
+        return jax.tree.unflatten(
+            self.treedef, [value if leaf.part == part else optax.MaskedNode() for leaf, value in kept]
+        )
 
     def labels(self, values: Mapping[str, Any] | None = None) -> PyTree:
         """A whole tree that holds at each leaf its part's name, or its part's value.
@@ -204,7 +225,7 @@ def partition(
     if not flat:
         raise PartitionError("the tree has no leaves: give partition() the parameters")
     _warn_of_shared_arrays(flat)
-    owner = _owners(flat, rules, overlap)
+    owner = _owners(flat, {part: _resolved(part, selector, params) for part, selector in rules.items()}, overlap)
     if uncovered := [path for path in flat if path not in owner]:
         raise PartitionError(
             f"no rule takes {listed(uncovered)}: add a rule for {'it' if len(uncovered) == 1 else 'them'},"
@@ -255,6 +276,13 @@ def _owners(flat: Flat, rules: Mapping[str, Selector], overlap: str) -> dict[str
             _raise_shadowed(part, selector, matched, list(earlier))
         owner.update(dict.fromkeys(free, part))
     return owner
+
+
+def _resolved(part: str, selector: Selector, params: PyTree) -> Selector:
+    try:
+        return resolved(selector, params)
+    except PartitionError as error:
+        raise PartitionError(f"rule {part!r}: {error}") from None
 
 
 def _raise_shadowed(part: str, selector: Selector, matched: list[str], earlier: list[str]) -> None:

@@ -33,12 +33,14 @@ def flatten(tree: PyTree) -> Flat:
       PartitionError: two leaves have one path.
     """
     flat: Flat = {}
-    for path, leaf in _named_leaves(tree):
-        if path in flat:
-            raise PartitionError(
-                f"two leaves have the path {path!r}: a key that contains '/' reads like two keys; rename one of them"
-            )
-        flat[path] = leaf
+    for keys, node in nodes(tree):
+        for path, leaf in leaves_of(keys, node):
+            if path in flat:
+                raise PartitionError(
+                    f"two leaves have the path {path!r}: a key that contains '/' reads like two keys; rename one of"
+                    " them"
+                )
+            flat[path] = leaf
     return flat
 
 
@@ -101,18 +103,24 @@ def difference_from(given: PyTree, treedef: Any, paths: Iterable[str]) -> str:
     return f"has the same paths, but its node types or static fields differ: {ours} where {theirs} was"
 
 
-def _named_leaves(tree: PyTree) -> Iterable[tuple[str, Any]]:
+def nodes(tree: PyTree) -> Iterable[tuple[tuple[Any, ...], Any]]:
+    """The leaves of a tree with their keys; a `flax.nnx.Variable` is one."""
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
+
+
+def leaves_of(keys: tuple[Any, ...], node: Any) -> Iterable[tuple[str, Any]]:
+    """The paths and leaves of one of the `nodes`; of a Variable those within it."""
+    if is_variable(node):
+        for inner, value in jax.tree_util.tree_leaves_with_path(node):
+            yield _join(keys + inner[1:]), value
+    else:
+        yield _join(keys), node
+
+
+def is_variable(node: Any) -> bool:
+    """Whether a node is a `flax.nnx.Variable`; flax is not imported for the question."""
     nnx = sys.modules.get("flax.nnx")
-
-    def is_variable(node: Any) -> bool:
-        return nnx is not None and isinstance(node, nnx.Variable)
-
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable):
-        if is_variable(leaf):
-            for inner, value in jax.tree_util.tree_leaves_with_path(leaf):
-                yield _join(keys + inner[1:]), value
-        else:
-            yield _join(keys), leaf
+    return nnx is not None and isinstance(node, nnx.Variable)
 
 
 def _join(keys: tuple[Any, ...]) -> str:

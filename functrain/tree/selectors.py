@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 from functrain.errors import PartitionError
-from functrain.tree.paths import Flat, PyTree, flatten
+from functrain.tree.nnx_filters import is_filter, taken
+from functrain.tree.paths import Flat, PyTree, flatten, unflatten
 from functrain.tree.text import leaves_in_words, listed
 
 Selector: TypeAlias = "str | re.Pattern[str] | Callable[[str, Any], bool] | EllipsisType | Sequence[Selector]"
@@ -46,13 +47,18 @@ def matcher(selector: Selector) -> Callable[[str, Any], bool]:
     Args:
       selector: a string (whole segments from the root, and the subtree beneath; `*`, `?`, `[0-3]` within a segment,
         `**` for any number of segments), a compiled regular expression (the whole path), a `(path, leaf) -> bool`,
-        `...` (everything), or a sequence of these (any of them).
+        `...` (everything), or a sequence of these (any of them). Filters of Flax NNX go through `resolved` first.
 
     Raises:
       PartitionError: the selector is none of these.
     """
     if selector is ...:
         return lambda path, leaf: True
+    if isinstance(selector, type):
+        raise PartitionError(
+            f"{selector.__name__} is a class, and no selector: write a path like 'encoder/layers', or an NNX type of"
+            " Variables, such as nnx.Param, for a tree like nnx.state(model)"
+        )
     if isinstance(selector, str):
         matches = _glob(selector)
         return lambda path, leaf: matches(path)
@@ -67,6 +73,19 @@ def matcher(selector: Selector) -> Callable[[str, Any], bool]:
         f"{selector!r} is no selector: write a path like 'encoder/layers', a compiled regex, a function of"
         " (path, leaf), a sequence of these, or ... for all that is left"
     )
+
+
+def resolved(selector: Selector, tree: PyTree) -> Selector:
+    """The selector with what filters of Flax NNX in it take of a tree, as functions of path and leaf.
+
+    Raises:
+      PartitionError: a filter that takes nothing of a tree without Variables.
+    """
+    if is_filter(selector):
+        return taken(selector, tree)
+    if isinstance(selector, Sequence) and not isinstance(selector, str):
+        return [resolved(one, tree) for one in selector]
+    return selector
 
 
 def take(tree: PyTree, selector: Selector) -> tuple[Flat, Flat]:
@@ -89,6 +108,7 @@ def take(tree: PyTree, selector: Selector) -> tuple[Flat, Flat]:
       PartitionError: it takes nothing: misspelt, or taken before.
     """
     flat = flatten(tree)
+    selector = resolved(selector, tree)
     if problem := unmatched(selector, flat):
         raise PartitionError(
             f"take: {problem} (or an earlier take has it: what one takes is gone from the rest that it returns)"
@@ -96,6 +116,38 @@ def take(tree: PyTree, selector: Selector) -> tuple[Flat, Flat]:
     takes = matcher(selector)
     taken = {path: leaf for path, leaf in flat.items() if takes(path, leaf)}
     return taken, {path: leaf for path, leaf in flat.items() if path not in taken}
+
+
+def mask(selector: Selector, *, invert: bool = False) -> Callable[[PyTree], PyTree]:
+    """A selector as a mask of optax: a function from a tree to a tree of booleans.
+
+    >>> kernels = mask("**/kernel")
+    >>> kernels({"conv": {"kernel": 1.0, "bias": 2.0}, "head": {"kernel": 3.0, "bias": 4.0}})
+    {'conv': {'bias': False, 'kernel': True}, 'head': {'bias': False, 'kernel': True}}
+    >>> mask(["**/bias", "norm"], invert=True)({"kernel": 1.0, "bias": 2.0, "norm": {"scale": 3.0}})
+    {'bias': False, 'kernel': True, 'norm': {'scale': False}}
+
+    For `optax.adamw(1e-3, mask=kernels)`, `optax.masked(tx, kernels)` and the like. In a part it is of that part's
+    leaves: an `optax.MaskedNode()` stays one.
+
+    Args:
+      selector: see `functrain.tree.selectors.matcher`. Of a function of path and leaf, the leaf is a parameter when the
+        state is made, and a gradient in a step.
+      invert: whether the leaves are True that it does not take.
+
+    Raises:
+      PartitionError: it is no selector; or, when the function is called, a member of it takes no leaf of the tree.
+    """
+    matcher(resolved(selector, ()))  # What is no selector is refused here, where it was written.
+
+    def of(tree: PyTree) -> PyTree:
+        flat, of_tree = flatten(tree), resolved(selector, tree)
+        if problem := unmatched(of_tree, flat):
+            raise PartitionError(f"mask: {problem}")
+        takes = matcher(of_tree)
+        return unflatten({path: takes(path, leaf) != invert for path, leaf in flat.items()}, like=tree)
+
+    return of
 
 
 def unmatched(selector: Selector, flat: Flat) -> str | None:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from functrain.errors import UpdateError
 from functrain.tree.partition import Partition
 from functrain.tree.paths import PyTree
-from functrain.tree.selectors import non_float
 
 
 class LossScaleState(NamedTuple):
@@ -67,7 +66,7 @@ def caster(parts: Partition, compute_dtype: Any) -> Callable[[PyTree], PyTree]:
 
     Args:
       parts: the partition of the params.
-      compute_dtype: a dtype, `{part: dtype}`, or None.
+      compute_dtype: a dtype, `{part: dtype}`, or None. Complex leaves stay as they are.
 
     Raises:
       PartitionError: an unknown part.
@@ -85,7 +84,12 @@ def caster(parts: Partition, compute_dtype: Any) -> Callable[[PyTree], PyTree]:
 
     def cast(params: PyTree) -> PyTree:
         leaves = zip(dtypes, jax.tree.leaves(params), strict=True)
-        narrowed = [leaf if dtype is None or non_float("", leaf) else leaf.astype(dtype) for dtype, leaf in leaves]
+        narrowed = [leaf if dtype is None or not _is_real(leaf) else leaf.astype(dtype) for dtype, leaf in leaves]
         return jax.tree.unflatten(parts.treedef, narrowed)
 
     return cast
+
+
+def _is_real(leaf: Any) -> bool:
+    """Whether a leaf can be of a narrower floating-point dtype: no dtype of 16 bits is complex."""
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))

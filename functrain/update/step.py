@@ -1,6 +1,7 @@
 """What an update computes: pure functions from a state and a batch to the next state and metrics."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ import optax
 
 from functrain.errors import LossError, UpdateError
 from functrain.gradients.loss import Context, Loss
+from functrain.gradients.objective import Objective
+from functrain.optim.own_tree import ByPart
 from functrain.tree.arrays import as_array, common_length, is_finite, leading_lengths
 from functrain.tree.paths import PyTree, flatten, structure_difference
 from functrain.tree.text import listed
@@ -41,6 +44,7 @@ class Step:
       index: the phase's number.
       parts: the parts that it trains.
       gradient: from `make_gradient`, of the phase's loss.
+      objective: from `make_objective`, of the same.
       after: what is done after each optimizer step, in order.
       options: what all steps of the update share.
       see: called with the `Loss` of each batch when it is traced; a pure function is not told here.
@@ -50,6 +54,7 @@ class Step:
     index: int
     parts: tuple[str, ...]
     gradient: Callable[..., tuple[Any, Loss, Any]]
+    objective: Objective
     after: tuple[After, ...]
     options: Options
     see: Callable[[Loss], None] = lambda loss: None
@@ -59,7 +64,8 @@ class Step:
     ) -> tuple[TrainState, Metrics]:
         """A batch that is a window of its own; the turn that it belongs to counts it. `repeat`: steps on it before."""
         grads, metrics, _, model_state = self._gradients(state, batch, repeat)
-        return self._end(state, grads, metrics, model_state, lr, measured=measured)
+        value_fn = ByPart({part: functools.partial(self._value, state, batch, repeat, part) for part in self.parts})
+        return self._end(state, grads, metrics, model_state, lr, measured=measured, value_fn=value_fn)
 
     def add(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """A batch that does not end its window: its gradients are added to what is pending."""
@@ -71,13 +77,15 @@ class Step:
         """A batch that ends its window."""
         grads, metrics, weight, model_state = self._gradients(state, batch)
         grads, metrics = add_to_window(state.window, grads, metrics, weight).mean()
-        return self._end(_one_batch_more(state), grads, metrics, model_state, lr, measured=measured)
+        state = _one_batch_more(state)
+        return self._end(state, grads, metrics, model_state, lr, measured=measured, value_fn=self._not_of_a_window)
 
     def flush(self, state: TrainState, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
         """No batch: what is pending ends its window."""
         assert state.window is not None
         grads, metrics = state.window.mean()
-        return self._end(state, grads, metrics, state.model_state, lr, measured=measured)
+        arguments = (state, grads, metrics, state.model_state, lr)
+        return self._end(*arguments, measured=measured, value_fn=self._not_of_a_window)
 
     def window(self, state: TrainState, batches: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
         """A whole window at once, its batches on a leading axis."""
@@ -107,21 +115,44 @@ class Step:
                 new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, model_state)
             return grads, _metrics(loss, total), loss.weight, new
 
+        return self._of_slices(gradients, batch, key, state.model_state)
+
+    def _value(self, state: TrainState, batch: Any, repeat: int, part: str, params: PyTree) -> Any:
+        """What a part learns from, of a batch, at other params: what `_gradients` took the gradient of."""
+
+        def value(batch: Any, key: Any, model_state: Any) -> tuple[Any, Any, Any, Any]:
+            value, loss = self.objective.of_batch(params, batch, Context(key, model_state, state.step), part)
+            return {}, value, loss.weight, loss.model_state
+
+        return self._of_slices(value, batch, self._key(state, repeat), state.model_state)[1]
+
+    def _not_of_a_window(self, params: PyTree) -> Any:
+        del params
+        raise UpdateError(
+            f"accumulate={self.options.accumulate}: a transform calls value_fn or grad_fn, the loss as a function of"
+            " params (as a line search does, and SAM), for which the batches of a window are gone: write"
+            f" microbatches={self.options.accumulate} in the place of accumulate, and give larger batches"
+        )
+
+    def _of_slices(
+        self, of_batch: Callable[..., tuple[Any, Any, Any, Any]], batch: Any, key: Any, model_state: Any
+    ) -> tuple[Any, Any, Any, Any]:
+        """`(gradients, metrics, weight, model_state)` of a batch, where there are microbatches from these."""
         count = self.options.microbatches
         if count == 1:
-            return gradients(batch, key, state.model_state)
+            return of_batch(batch, key, model_state)
 
         def microbatch(carry: Any, inputs: Any) -> tuple[Any, None]:
             window, model_state = carry
             index, batch = inputs
             folded = None if key is None else jax.random.fold_in(key, index)
-            grads, metrics, weight, model_state = gradients(batch, folded, model_state)
+            grads, metrics, weight, model_state = of_batch(batch, folded, model_state)
             return (add_to_window(window, grads, metrics, weight), model_state), None
 
         slices = _sliced(batch, count)
         one = jax.tree.map(lambda leaf: leaf[0], slices)
-        of_grads, of_metrics, *_ = jax.eval_shape(gradients, one, key, state.model_state)
-        start = (empty_window(of_grads, of_metrics), state.model_state)
+        of_grads, of_metrics, *_ = jax.eval_shape(of_batch, one, key, model_state)
+        start = (empty_window(of_grads, of_metrics), model_state)
         (window, model_state), _ = jax.lax.scan(microbatch, start, (jnp.arange(count), slices))
         return (*window.mean(), window.weight, model_state)
 
@@ -135,13 +166,23 @@ class Step:
     # The optimizer step: applied, measured, and guarded where it may be skipped.
 
     def _end(
-        self, state: TrainState, grads: Any, metrics: Metrics, model_state: Any, lr: Any, *, measured: bool
+        self,
+        state: TrainState,
+        grads: Any,
+        metrics: Metrics,
+        model_state: Any,
+        lr: Any,
+        *,
+        measured: bool,
+        value_fn: Any,
     ) -> tuple[TrainState, Metrics]:
         """The state after an optimizer step with these gradients, which ends the window."""
+        values = self.objective.by_part(metrics, state.step)
+        extra = {"value": metrics["loss"] if values is None else ByPart(values), "value_fn": value_fn}
         state = dataclasses.replace(state, model_state=model_state, step=optax.safe_increment(state.step))
 
         def step() -> _Stepped:
-            return self._applied(state, grads, metrics["loss"], lr, measured=measured)
+            return self._applied(state, grads, lr, extra, measured=measured)
 
         scale_state = state.scale_state
         if self.options.skips:
@@ -167,10 +208,10 @@ class Step:
         )
         return ended, metrics
 
-    def _applied(self, state: TrainState, grads: Any, loss: Any, lr: Any, *, measured: bool) -> _Stepped:
+    def _applied(self, state: TrainState, grads: Any, lr: Any, extra: Any, *, measured: bool) -> _Stepped:
         """An optimizer step, and what is done after it."""
         optim = self.options.optim
-        updates, opt_state = optim.update(grads, state.opt_state, state.params, lr=lr, value=loss)
+        updates, opt_state = optim.update(grads, state.opt_state, state.params, lr=lr, **extra)
         params, model_state = optim.apply_updates(state.params, updates), state.model_state
         for after in self.after:
             returned = after(params, model_state, state.step)

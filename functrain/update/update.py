@@ -10,6 +10,7 @@ import numpy as np
 
 from functrain.errors import UpdateError
 from functrain.gradients.loss import required_context
+from functrain.gradients.objective import make_objective
 from functrain.gradients.routes import Route, Weight
 from functrain.gradients.train_step import make_gradient
 from functrain.optim.adoption import Adoption
@@ -59,8 +60,9 @@ def make_update(
       loss_fn: as for `make_train_step`, or phases with a loss function each: `alternate(...)`. Its key is
         `fold_in(fold_in(key, batches), index of the phase)`, with the microbatch's index folded in where there are
         several; its `step` is the number of finished windows.
-      optim: the optimizer. The gradients of `optim.trained` are computed and no others; its transforms are given
-        optax's extra argument `value`, the loss.
+      optim: the optimizer. The gradients of `optim.trained` are computed and no others. Its transforms are given those
+        of optax's extra arguments that they declare: `value`, the loss that their part learns from, `value_fn`, the
+        same as a function of their part's leaves (not with `accumulate`), `grad` and `grad_fn`.
       accumulate: batches in a window, which makes one optimizer step from their gradients, weighted by `Loss.weight`.
       microbatches: slices of a batch that are computed one after the other, for memory; the batch's leading axis must
         be a multiple of it. The result is that of the whole batch, where the loss is a mean over `Loss.weight`.
@@ -101,18 +103,18 @@ def make_update(
     schedule = scheduled(loss_fn, optim, accumulate, route=route, loss_weights=loss_weights)
     steps = []
     for index, phase in enumerate(schedule.phases):
-        gradient = make_gradient(
-            phase.loss_fn,
-            optim.parts,
-            phase.trained,
-            cast=cast,
-            route=phase.route,
-            loss_weights=phase.loss_weights,
-            audit=(f" of phase {phase.name!r}" if phase.name else "") if audit else None,
-        )
-        afters = tuple(each for each in (phase.after, after) if each is not None)
+        losses: Any = {"cast": cast, "route": phase.route, "loss_weights": phase.loss_weights}
+        where = (f" of phase {phase.name!r}" if phase.name else "") if audit else None
         steps.append(
-            Step(name=phase.name, index=index, parts=phase.trained, gradient=gradient, after=afters, options=options)
+            Step(
+                name=phase.name,
+                index=index,
+                parts=phase.trained,
+                gradient=make_gradient(phase.loss_fn, optim.parts, phase.trained, **losses, audit=where),
+                objective=make_objective(phase.loss_fn, phase.trained, **losses),
+                after=tuple(each for each in (phase.after, after) if each is not None),
+                options=options,
+            )
         )
     return Update(schedule, tuple(steps), options)
 

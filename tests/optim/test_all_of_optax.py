@@ -4,6 +4,7 @@ The list is read from the installed optax, so that an optimizer of a later relea
 that needs more than a learning rate is given it in `ARGUMENTS`; one that cannot be tested here is in `EXCLUDED`.
 """
 
+import functools
 import inspect
 
 import jax
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 import pytest
+from trees import bits
 
 import functrain as ft
+from functrain.optim.declared import declared
 
 EXCLUDED = {
     "dpsgd": "takes gradients with a leading axis of examples: see test_optimizer.py",
@@ -70,14 +73,14 @@ def make(name, rate, params_dtype=jnp.float32, grads_dtype=jnp.float32):
     parts = ft.partition(params, {"trained": "trained", "rest": ...})
     optim = ft.Optimizer(parts, {"trained": tx, "rest": ft.FROZEN})
 
-    def loss(flat):
-        return sum(jnp.sum(jnp.square(leaf.astype(jnp.float32) - 0.5)) for leaf in flat.values())
+    def loss(params):
+        return sum(jnp.sum(jnp.square(leaf.astype(jnp.float32) - 0.5)) for leaf in params["trained"].values())
 
     def step(params, opt_state):
-        value, grads = jax.value_and_grad(loss)(parts.split(params)["trained"])
-        grads = {path: grad.astype(grads_dtype) for path, grad in grads.items()}
+        value, grads = jax.value_and_grad(loss)(params)
+        grads = jax.tree.map(lambda grad: grad.astype(grads_dtype), grads)
         extra = {"obj_fn": loss} if name == "sophia" else {"value": value, "grad": grads, "value_fn": loss}
-        return optim.step(params, {"trained": grads}, opt_state, **extra)
+        return optim.step(params, {"trained": parts.split(grads)["trained"]}, opt_state, **extra)
 
     return optim, params, step
 
@@ -117,3 +120,31 @@ def test_a_step_keeps_the_types_of_params_and_state_whatever_the_gradients_are(n
         optim, params, step = make(name, rate, params_dtype, grads_dtype)
         opt_state = jax.eval_shape(optim.init, params)
         assert types_of(jax.eval_shape(step, params, opt_state)) == types_of((params, opt_state)), rate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_in_an_update_an_optimizer_steps_to_the_bit_as_under_multi_transform(name):
+    optim, params, _ = make(name, "plain")
+    tx = optim.transforms["trained"]
+
+    def loss_fn(params, batch):
+        return sum(jnp.sum(jnp.square(leaf - batch)) for leaf in jax.tree.leaves(params["trained"]))
+
+    update = ft.make_update(loss_fn, optim)
+    state = update.init(params)
+    multi = optax.multi_transform({"trained": tx, "rest": optax.set_to_zero()}, optim.parts.labels())
+    whole, multi_state = params, multi.init(params)
+    # Outside of `jit`, where each operation is its own program, and the same in both.
+    for batch in (0.5, 0.25):
+        state, _ = update.pure(state, batch)
+        value_fn = functools.partial(loss_fn, batch=batch)
+        value, grads = jax.value_and_grad(value_fn)(whole)
+        mine = optim.parts.masked(grads, "trained")
+        known = {"value": value, "grad": mine, "value_fn": value_fn, "obj_fn": value_fn}
+        extra = {argument: known[argument] for argument in declared(tx)}
+        updates, multi_state = multi.update(grads, multi_state, whole, **extra)
+        whole = optax.apply_updates(whole, updates)
+    assert bits(state.params) == bits(whole)
+    own = optim.optax_state(state.opt_state, "trained")
+    assert bits(jax.tree.leaves(own)) == bits(jax.tree.leaves(multi_state.inner_states["trained"].inner_state))

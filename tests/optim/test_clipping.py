@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from optimizers import PARTS, bits, gradients, params
+from trees import says
 
 import functrain as ft
 
@@ -39,6 +40,58 @@ def test_parts_that_are_clipped_each_in_its_own_chain_have_the_norm_each():
     grads = jax.tree.map(lambda leaf: 100 * leaf, gradients("body", "head"))
     updates, _ = optim.update(grads, optim.init(params()), params())
     assert norm(updates) == pytest.approx(np.sqrt(2), rel=WITHIN)
+
+
+def clipped_gradients(grads, **options):
+    optim = ft.Optimizer(PARTS, {"body": optax.identity(), "head": optax.identity()}, **options)
+    return optim.update(grads, optim.init(params()), params())[0]
+
+
+def test_parts_may_have_norms_of_their_own_and_others_are_left_as_they_are():
+    grads = jax.tree.map(lambda leaf: 100 * leaf, gradients("body", "head"))
+    updates = clipped_gradients(grads, clip_norm={"body": 1.0, "head": 0.1})
+    assert norm(updates["body"]) == pytest.approx(1.0, rel=WITHIN)
+    assert norm(updates["head"]) == pytest.approx(0.1, rel=WITHIN)
+    updates = clipped_gradients(grads, clip_norm={"head": 0.1})
+    assert bits(updates["body"]) == bits(grads["body"])
+    assert norm(updates["head"]) == pytest.approx(0.1, rel=WITHIN)
+    # A part whose gradients are not given has none to clip.
+    assert bits(clipped_gradients({"body": grads["body"]}, clip_norm={"head": 0.1})["body"]) == bits(grads["body"])
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, {"body": 1.0, "head": 1.0}], ids=["one", "by part"])
+def test_each_part_is_clipped_as_optax_clips_it_in_its_chain(clip_norm):
+    grads = jax.tree.map(lambda leaf: 100 * leaf, gradients("body", "head"))
+    updates = clipped_gradients(grads, clip_norm=clip_norm, clip_by="part")
+    clip = optax.clip_by_global_norm(1.0)
+    for part, flat in grads.items():
+        theirs, _ = clip.update(flat, clip.init(flat))
+        jax.tree.map(lambda ours, other: np.testing.assert_allclose(ours, other, rtol=1e-6), updates[part], theirs)
+
+
+@pytest.mark.parametrize("clip_norm", [1.0, {"body": 1.0}], ids=["one", "by part"])
+def test_each_tensor_is_clipped_on_its_own_as_burn_does(clip_norm):
+    grads = jax.tree.map(lambda leaf: 100 * leaf, gradients("body", "head"))
+    updates = clipped_gradients(grads, clip_norm=clip_norm, clip_by="tensor")
+    for part, flat in updates.items():
+        for path, leaf in flat.items():
+            expected = 1.0 if part == "body" or clip_norm == 1.0 else norm(grads[part][path])
+            assert norm(leaf) == pytest.approx(expected, rel=WITHIN), path
+
+
+@pytest.mark.parametrize(
+    ("options", "phrases"),
+    [
+        ({"clip_norm": 1.0, "clip_by": "leaf"}, ["clip_by='leaf': write 'all', 'part' or 'tensor'"]),
+        ({"clip_by": "part"}, ["clip_by='part' clips to no norm: add clip_norm=1.0"]),
+        ({"clip_norm": {"body": 1.0}, "clip_by": "all"}, ["write clip_norm=1.0, or clip_by='part'"]),
+        ({"clip_norm": {"tail": 1.0}}, ["clip_norm for 'tail', which is frozen or unknown", "are 'body', 'head'"]),
+        ({"clip_norm": {"body": -1.0}}, ["clip_norm of part 'body' is -1.0: give a positive norm"]),
+    ],
+)
+def test_a_norm_that_clips_nothing_is_an_error(options, phrases):
+    with pytest.raises(ft.OptimizerError, match=says(*phrases)):
+        ft.Optimizer(PARTS, {"body": optax.identity(), "head": optax.identity()}, **options)
 
 
 def test_the_norm_is_of_the_given_gradients_alone():

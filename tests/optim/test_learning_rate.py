@@ -268,8 +268,8 @@ def test_a_rate_that_is_no_number_is_an_error_that_names_the_part(rate):
 INSIDE = {
     "chain": lambda tx: optax.chain(optax.clip(10.0), optax.chain(optax.identity(), tx)),
     "named_chain": lambda tx: optax.named_chain(("clip", optax.clip(10.0)), ("sgd", tx)),
-    "masked": lambda tx: optax.masked(tx, {"w": True}),
-    "partition": lambda tx: optax.partition({"label": tx}, {"w": "label"}),
+    "masked": lambda tx: optax.masked(tx, {"w": True, "frozen": False}),
+    "partition": lambda tx: optax.partition({"label": tx}, {"w": "label", "frozen": "label"}),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
     "conditionally_mask": lambda tx: optax.conditionally_mask(tx, lambda step: step < 10),
     "MultiSteps": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),

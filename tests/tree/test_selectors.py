@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from trees import escaped, quick, says
+from trees import TREES, escaped, quick, says
 
 import functrain as ft
 from functrain.tree.selectors import matcher
@@ -279,3 +279,18 @@ def test_an_escaped_path_takes_itself_and_nothing_beside(path, data):
     assert takes("/".join([*path, "below"]), None)
     other = data.draw(st.lists(names, min_size=1, max_size=4))
     assert takes("/".join(other), None) == (other[: len(path)] == path)
+
+
+def test_a_mask_is_refused_at_once_where_its_selector_is_none():
+    with pytest.raises(ft.PartitionError, match=says("3 is no selector")):
+        ft.mask(3)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_mask_is_a_tree_of_booleans_of_the_trees_own_type(name):
+    tree = TREES[name]()
+    path = next(iter(ft.flatten(tree)))
+    for invert in (False, True):
+        masked = ft.mask(lambda other, leaf: other == path, invert=invert)(tree)
+        assert jax.tree.structure(masked) == jax.tree.structure(tree)
+        assert ft.flatten(masked) == {other: (other == path) != invert for other in ft.flatten(tree)}

@@ -132,6 +132,14 @@ def test_a_partition_may_be_made_under_jit():
     assert {path: leaf.shape for path, leaf in biases(arrays()).items()} == {"conv/bias": (3,), "head/bias": (2,)}
 
 
+def test_a_tree_masked_to_a_part_has_optaxs_masked_nodes_in_the_place_of_other_leaves():
+    masked = PARTS.masked(PARTS.labels(), PARTS.names[0])
+    assert set(jax.tree.leaves(masked)) == {PARTS.names[0]}
+    assert len(jax.tree.leaves(masked)) == len(PARTS.paths(PARTS.names[0]))
+    leaves = jax.tree.leaves(masked, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    assert len(leaves) == len(PARTS.leaves)
+
+
 def test_a_mask_splits():
     assert PARTS.split(jax.tree.map(lambda x: x > 2, PARAMS))["bias"] == {"head/bias": True}
 

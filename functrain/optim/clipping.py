@@ -1,0 +1,81 @@
+"""Gradients scaled down to a norm: of all parts together, of each part, or of each tensor."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+
+from functrain.errors import OptimizerError
+from functrain.tree.arrays import global_norm
+from functrain.tree.partition import Split
+from functrain.tree.text import listed
+
+By: TypeAlias = Literal["all", "part", "tensor"]
+Norms: TypeAlias = float | Mapping[str, float]
+
+
+def checked_norms(clip_norm: Norms | None, clip_by: By | None, trained: Sequence[str]) -> tuple[dict[str, float], By]:
+    """The largest norm of each part that is clipped, and of what it is the norm.
+
+    Raises:
+      OptimizerError: a norm that is none, of an unknown or frozen part, or over all parts where each has its own.
+    """
+    if clip_by is not None and clip_by not in get_args(By):
+        raise OptimizerError(f"clip_by={clip_by!r}: write 'all', 'part' or 'tensor'")
+    if clip_norm is None:
+        if clip_by is not None:
+            raise OptimizerError(f"clip_by={clip_by!r} clips to no norm: add clip_norm=1.0, or leave it out")
+        return {}, "all"
+    if not isinstance(clip_norm, Mapping):
+        _check_norm(clip_norm, f"clip_norm={clip_norm}")
+        return dict.fromkeys(trained, clip_norm), clip_by or "all"
+    if clip_by == "all":
+        raise OptimizerError("clip_by='all' is one norm of all parts: write clip_norm=1.0, or clip_by='part'")
+    if unknown := [part for part in clip_norm if part not in trained]:
+        raise OptimizerError(
+            f"clip_norm for {listed(unknown)}, which is frozen or unknown: the trained parts are {listed(trained, 30)}"
+        )
+    for part, norm in clip_norm.items():
+        _check_norm(norm, f"clip_norm of part {part!r} is {norm}")
+    return dict(clip_norm), clip_by or "part"
+
+
+def clipped(grads: Mapping[str, Mapping[str, Any]], norms: Mapping[str, float], by: By) -> Split:
+    """The gradients, scaled down to norms that are computed in float32 or wider.
+
+    >>> grads = {"a": {"v": jnp.array([3.0, 4.0]), "w": jnp.array([0.0, 12.0])}}
+    >>> {path: grad.tolist() for path, grad in clipped(grads, {"a": 6.5}, "part")["a"].items()}
+    {'v': [1.5, 2.0], 'w': [0.0, 6.0]}
+    >>> {path: grad.tolist() for path, grad in clipped(grads, {"a": 6.0}, "tensor")["a"].items()}
+    {'v': [3.0, 4.0], 'w': [0.0, 6.0]}
+
+    Args:
+      grads: split gradients.
+      norms: the largest norm, by part; a part without one stays as it is.
+      by: of what it is the norm. With "all" every part has the same.
+    """
+    if by == "all":
+        scale = _scale(grads, next(iter(norms.values())))
+        return {part: _scaled(flat, scale) for part, flat in grads.items()}
+    new = {part: dict(flat) for part, flat in grads.items()}
+    for part in norms.keys() & grads.keys():
+        if by == "part":
+            new[part] = _scaled(grads[part], _scale(grads[part], norms[part]))
+        else:
+            for path, grad in grads[part].items():
+                new[part] |= _scaled({path: grad}, _scale(grad, norms[part]))
+    return new
+
+
+def _scale(tree: Any, norm: float) -> jax.Array:
+    return jnp.minimum(1.0, norm / global_norm(tree))
+
+
+def _scaled(flat: Mapping[str, Any], scale: jax.Array) -> dict[str, Any]:
+    return {path: (grad * scale).astype(jnp.result_type(grad)) for path, grad in flat.items()}
+
+
+def _check_norm(norm: Any, what: str) -> None:
+    if not norm > 0:
+        raise OptimizerError(f"{what}: give a positive norm, or None not to clip")
