@@ -27,8 +27,8 @@ lint: .venv/.dev
 
 soak: .venv/.dev
 	SOAK=20 $(BIN)/pytest -q -n 2 tests/loop/test_resume.py -k killed_at_random
-	$(BIN)/python tests/attack --most 600
-	-$(BIN)/python tests/attack --most 600 --orbax
+	$(BIN)/python tests/attack --most 500
+	-$(BIN)/python tests/attack --most 100 --orbax
 	SOAK=20 $(BIN)/pytest -q -n 2 tests/optim/test_multi_transform.py tests/auditing/test_audit.py
 
 bench: .venv/.bench

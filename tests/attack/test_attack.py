@@ -29,9 +29,11 @@ def attacks(arena):
 
 
 def test_nothing_of_a_run_is_lost_whatever_befalls_it(arena):
-    for row, count, failed in sweep(attacks(arena("fit_victim")), MOST):
+    tried, rows = 0, attacks(arena("fit_victim"))
+    for row, count, failed in sweep(rows, MOST):
         assert not failed, "\n".join([table.HEAD, table.line(row, count), *map(table.described, failed)])
-        assert count.total(), f"{row}: none came to anything"
+        tried += count.total()
+    assert tried > 0.8 * MOST * len(rows)  # Where threads do a little less than they did, a run ends before its fault.
 
 
 def test_of_a_careless_loop_the_attacks_find_what_is_lost(arena):

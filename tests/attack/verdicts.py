@@ -25,14 +25,14 @@ def verdict(attempt, undisturbed, fault):
     """What an attempt came to, by what the undisturbed run ended with; and why, where it failed."""
     for failure, why in failures(attempt, undisturbed, fault):
         return failure, why
-    told = attempt.attacked.code not in (0, *ends(fault)) or attempt.attacked.errors or attempt.again.errors
-    return (Verdict.TOLD if told else Verdict.HELD), ""
+    raised = attempt.attacked.code not in (0, *ends(fault))
+    return (Verdict.TOLD if raised or was_told(attempt) else Verdict.HELD), ""
 
 
 def failures(attempt, undisturbed, fault):
     """Each failure of an attempt, the worst first, in words."""
     (expected, expected_rows), (attacked, again) = undisturbed, (attempt.attacked, attempt.again)
-    told = bool(attacked.errors or again.errors)
+    told = was_told(attempt)
     if attempt.harmed:
         yield Verdict.FOREIGN, f"{', '.join(attempt.harmed)} of others"
     for name, ran in [("attacked", attacked), ("restarted", again)]:
@@ -58,6 +58,12 @@ def failures(attempt, undisturbed, fault):
         yield Verdict.LOST, "rows of the log, without a word"
     if again.best != expected.best and not told:
         yield Verdict.LOST, f"the best checkpoint, {expected.best}, without a word"
+
+
+def was_told(attempt):
+    """Whether there was a warning or an error; what a killed process came to say is none."""
+    is_killed = attempt.attacked.code == -signal.SIGKILL
+    return bool(attempt.again.errors or (attempt.attacked.errors and not is_killed))
 
 
 def ends(fault):
