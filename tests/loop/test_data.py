@@ -8,6 +8,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tracemalloc
 
 import grain
 import numpy as np
@@ -194,6 +195,33 @@ def test_a_batch_can_be_written_to_without_changing_the_data():
     data = from_arrays({"x": array}, 4, shuffle=False)
     next(iter(data))["x"][:] = 1
     assert not array.any()
+
+
+LAYOUTS = {
+    "in order": lambda array: array,
+    "by column": np.asfortranarray,
+    "every other": lambda array: np.repeat(array, 2, axis=0)[::2],
+    "backwards": lambda array: array[::-1].copy()[::-1],
+    "swapped": lambda array: array.astype(">f8"),
+    "unaligned": lambda array: (
+        np.frombuffer(b"x" + array.tobytes(), np.uint8)[1:].view(np.float64).reshape(array.shape)
+    ),
+    "a field": lambda array: np.rec.fromarrays([array, array], names="x,y")["x"],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_array_of_any_layout_is_gathered_without_a_copy_of_all_of_it(layout):
+    array = LAYOUTS[layout](np.arange(80_000.0).reshape(2_000, 40))
+    data = from_arrays({"x": array}, 10, seed=1)
+    batches = data.epoch(0)
+    tracemalloc.start()
+    batch = next(batches)["x"]
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < array.nbytes / 4
+    expected = array[np.random.PCG64([1, 0]).random_raw(2_000).argsort(kind="stable")[:10]]
+    assert batch.tolist() == expected.tolist()
 
 
 def test_an_epoch_is_a_grain_iterator():

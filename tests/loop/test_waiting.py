@@ -81,3 +81,12 @@ def test_the_workers_of_grain_are_ended_with_the_run(tmp_path):
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
     assert finished(tmp_path, "grain") == finished(tmp_path / "whole", "grain")
+
+
+def test_a_function_of_examples_that_waits_on_a_thread_holds_no_process_up(tmp_path):
+    output, exit_code = stopped(tmp_path, "mapped", signal.SIGTERM)
+    taken = int(output.partition("ended at ")[2].split()[0])
+    assert exit_code == 143
+    assert taken <= 2  # It waits while the batches before it are trained on.
+    assert saved(tmp_path)[0] == str(taken)
+    assert finished(tmp_path, "mapped") == finished(tmp_path / "whole", "mapped")

@@ -1,6 +1,7 @@
 """A small run of `fit` whose data waits for ever at one batch, if it is told to; for tests that stop it there."""
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -103,11 +104,27 @@ def grains(waits):
     return pipeline.batch(2).mp_prefetch(grain.MultiprocessingOptions(num_workers=2, per_worker_buffer_size=1))
 
 
+def mapped(waits):
+    """Of functrain, which reads batches on threads; one waits for an example of the third batch of the first epoch."""
+
+    def waiting(example):
+        if waits and example["x"] == 4:
+            print("waiting", flush=True)
+            time.sleep(1000)
+        return example
+
+    data = ft.from_arrays({"x": np.arange(2 * BATCHES, dtype=np.float32)}, 2, shuffle=False)
+    return dataclasses.replace(data, read_ahead=2).map_examples(waiting)
+
+
 def digest(state):
     checksum = hashlib.sha256()
     for leaf in jax.tree.leaves(state.params) + jax.tree.leaves(state.opt_state):
         checksum.update(np.asarray(leaf).tobytes())
     return checksum.hexdigest()
+
+
+PIPELINES = {"grain": grains, "mapped": mapped}
 
 
 class Told(ft.Hook):
@@ -118,7 +135,7 @@ class Told(ft.Hook):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("data", choices=[*WAITS, "grain"])
+    parser.add_argument("data", choices=[*WAITS, *PIPELINES])
     parser.add_argument("--waits", type=int, default=0)
     parser.add_argument("--unroll", type=int, default=1)
     args = parser.parse_args()
@@ -127,7 +144,10 @@ def main():
     params = {"w": jnp.float32([0.1, 0.2])}
     optim = ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.adam(0.1)})
     update = ft.make_update(lambda params, batch: jnp.mean((params["w"] - batch["x"]) ** 2), optim)
-    data = grains(args.waits) if args.data == "grain" else Data(WAITS[args.data] if args.waits else None)
+    if args.data in PIPELINES:
+        data = PIPELINES[args.data](args.waits)
+    else:
+        data = Data(WAITS[args.data] if args.waits else None)
     result = ft.fit(
         update, update.init(params), data, epochs=EPOCHS, unroll=args.unroll, hooks=[Told()],
         checkpoints=ft.Checkpoints(args.directory, every=ft.Every(updates=100)),
