@@ -39,6 +39,7 @@ from functrain.update.make import make_update
 from functrain.update.phases import Alternation, Phase, alternate
 from functrain.update.precision import DynamicScale
 from functrain.update.state import TrainState
+from functrain.update.target import ema
 from functrain.update.update import Update
 from functrain.update.window import Window
 
@@ -109,6 +110,7 @@ __all__ = [
     "accumulate",
     "alternate",
     "audit",
+    "ema",
     "fit",
     "flatten",
     "from_arrays",

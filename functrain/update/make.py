@@ -3,14 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from functrain.errors import UpdateError
 from functrain.gradients.routes import Route, Weight
 from functrain.gradients.train_step import make_gradient
 from functrain.optim.optimizer import Optimizer
+from functrain.update.ema import averages_of
 from functrain.update.options import Options
 from functrain.update.phases import Alternation, scheduled
 from functrain.update.precision import DynamicScale, caster
 from functrain.update.step import After, Step
+from functrain.update.target import bound
 from functrain.update.update import Update
 
 
@@ -25,6 +26,7 @@ def make_update(
     after: After | None = None,
     compute_dtype: Any = None,
     loss_scale: DynamicScale | None = None,
+    ema: float | Mapping[Any, float] | None = None,
     route: Route | None = None,
     loss_weights: Mapping[str, Weight] | None = None,
     audit: bool = True,
@@ -57,10 +59,13 @@ def make_update(
         update with a non-finite gradient, params, optimizer state and `after`, and the model state of the batch that
         had it.
       after: `fn(params, model_state, step) -> (params, model_state)`, compiled in after each optimizer step, which
-        `step` counts from 1: target networks, moving averages, projections.
+        `step` counts from 1: projections, or a target network, `ft.ema("target", of="online", decay=0.995)`.
       compute_dtype: the dtype of the params that the loss is given, or `{part: dtype}`; masters and gradients keep
         theirs.
       loss_scale: a `DynamicScale`, for float16; it implies `nonfinite="skip"`.
+      ema: exponential moving averages of the parameters, kept in the state: a decay for all that is trained, or
+        `{part or selector: decay}`. They are those of `optax.ema`, in float32 or wider, of the parameters after each
+        step of their part and after `after`; a skipped step is none. `update.ema(state)` is the params with them.
       route: which losses each part learns from, as for `make_train_step`; the "loss" in the metrics is then the plain
         sum of all.
       loss_weights: the weights of named losses in the sum, as for `make_train_step`; each is logged unweighted.
@@ -68,7 +73,7 @@ def make_update(
         which they reach no leaf, warn of single leaves. See `ft.audit`.
 
     Raises:
-      UpdateError: an option that is none of these.
+      UpdateError: an option that is none of these, such as an `ema` that takes no leaf, or one twice.
       LossError: `loss_fn` requires an argument that functrain does not know.
       PartitionError: `compute_dtype` names an unknown part.
       PhaseError: a phase with unknown or frozen parts, a trained part without a phase, or with `accumulate` a phase
@@ -81,9 +86,8 @@ def make_update(
         remainder=remainder,
         nonfinite=nonfinite,
         loss_scale=loss_scale,
+        averages=averages_of(optim, ema),
     )
-    if after is not None and not callable(after):
-        raise UpdateError(f"after={after!r}: give a function (params, model_state, step) -> (params, model_state)")
     cast = caster(optim.parts, compute_dtype)
     schedule = scheduled(loss_fn, optim, accumulate, route=route, loss_weights=loss_weights)
     steps = []
@@ -97,7 +101,7 @@ def make_update(
             loss_weights=phase.loss_weights,
             audit=(f" of phase {phase.name!r}" if phase.name else "") if audit else None,
         )
-        afters = tuple(each for each in (phase.after, after) if each is not None)
+        afters = tuple(bound(each, optim) for each in (phase.after, after) if each is not None)
         steps.append(
             Step(name=phase.name, index=index, parts=phase.trained, gradient=gradient, after=afters, options=options)
         )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from functrain.errors import UpdateError
@@ -14,11 +15,19 @@ from functrain.optim.adoption import Adoption
 from functrain.optim.optimizer import Optimizer
 from functrain.tree.paths import PyTree
 from functrain.tree.text import listed
-from functrain.update.checks import check_cycle, check_position, check_rates, check_state, check_whole, checked_count
+from functrain.update.checks import (
+    check_cycle,
+    check_not_deleted,
+    check_position,
+    check_rates,
+    check_state,
+    check_whole,
+    checked_count,
+)
+from functrain.update.ema import adopted_ema
 from functrain.update.initial import abstract_state, initial_state
 from functrain.update.options import Options
 from functrain.update.phases import Alternation, period
-from functrain.update.precision import LossScaleState
 from functrain.update.programs import Call, Programs
 from functrain.update.state import TrainState
 from functrain.update.step import Metrics, Step
@@ -54,6 +63,7 @@ class Update:
             "parts": {part: self.optim.parts.paths(part) for part in self.optim.parts.names},
             "optimizers": self.optim.described,
             "accumulate": self.accumulate,
+            "ema": self.options.averages.decays if self.options.averages else {},
             "phases": [[phase.name, *phase.trained, phase.repeat, phase.same_batch] for phase in phases if phase.name],
         })  # fmt: skip
 
@@ -79,13 +89,7 @@ class Update:
         if absent := [name for name in given if name in required and given[name] is None]:
             raise UpdateError(f"the loss function declares {listed(absent)}: update.init(params, {absent[0]}=...)")
         return initial_state(
-            self.optim,
-            params,
-            model_state=model_state,
-            scale_state=self._initial_scale(),
-            key=key,
-            configuration=self.configuration,
-            copy=copy,
+            self.options, params, model_state=model_state, key=key, configuration=self.configuration, copy=copy
         )
 
     def abstract(self, params: PyTree, *, key: Any = None, model_state: Any = None) -> TrainState:
@@ -93,14 +97,7 @@ class Update:
 
         The arguments may be arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
         """
-        return abstract_state(
-            self.optim,
-            params,
-            model_state=model_state,
-            scale_state=self._initial_scale,
-            key=key,
-            configuration=self.configuration,
-        )
+        return abstract_state(self.options, params, model_state=model_state, key=key, configuration=self.configuration)
 
     def __call__(
         self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None
@@ -207,10 +204,35 @@ class Update:
         check_state(state)
         check_whole(state, "adopt")
         opt_state, report = self.optim.adopt(other.optim, state.opt_state, state.params)
-        keeps_scale = self.options.loss_scale is not None and state.scale_state is not None
-        scale_state = state.scale_state if keeps_scale else self._initial_scale()
-        new = dataclasses.replace(state, opt_state=opt_state, scale_state=scale_state, configuration=self.configuration)
+        scale_state, ema = None, None
+        if (scale := self.options.loss_scale) is not None:
+            scale_state = scale.init() if state.scale_state is None else state.scale_state
+        mine, its = self.options.averages, other.options.averages
+        if mine is not None or its is not None:
+            fresh, decays = (mine.init(state.params), mine.decays) if mine else ({}, {})
+            found, report = adopted_ema(fresh, decays, state.ema or {}, its.decays if its else {}, report)
+            ema = found or None
+        new = dataclasses.replace(
+            state, opt_state=opt_state, scale_state=scale_state, ema=ema, configuration=self.configuration
+        )
         return new, report
+
+    def ema(self, state: TrainState) -> PyTree:
+        """The whole params with the averages of `make_update(ema=...)` in place, debiased, each leaf of its own dtype.
+
+        A part that made no step yet has its parameters there. Leaves without an average are the state's own: the next
+        update consumes them.
+
+        Raises:
+          UpdateError: the update keeps no average.
+        """
+        if self.options.averages is None or state.ema is None:
+            raise UpdateError('this update keeps no average: make_update(..., ema={"body": 0.999})')
+        check_not_deleted([*jax.tree.leaves(state.ema), *jax.tree.leaves(state.params)])
+        averages, split = self.options.averages, self.optim.parts.split(state.params)
+        covered = {part: {path: split[part][path] for path in decays} for part, decays in averages.decays.items()}
+        means = self._debiased(state.ema, covered)
+        return self.optim.parts.merge({part: split[part] | flat for part, flat in means.items()}, into=state.params)
 
     # How it is compiled and called.
 
@@ -236,8 +258,15 @@ class Update:
         return self._programs.run(call, state, batch, lr, batches=1, steps=len(call.turns[0]))
 
     @functools.cached_property
+    def _debiased(self) -> Any:
+        averages = self.options.averages
+        assert averages is not None
+
+        def debiased(ema: Any, split: Any) -> Any:
+            return jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), averages.debiased(ema, split), split)
+
+        return jax.jit(debiased)
+
+    @functools.cached_property
     def _programs(self) -> Programs:
         return Programs(self.schedule.phases, self.steps)
-
-    def _initial_scale(self) -> LossScaleState | None:
-        return None if self.options.loss_scale is None else self.options.loss_scale.init()
