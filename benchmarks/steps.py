@@ -99,6 +99,18 @@ def window_by_hand(model: Model, length: int) -> tuple[dict[str, Any], dict[str,
     return programs, {"first": (params,), "middle": (total, params), "last": (params, opt_state, total)}
 
 
+def averaging_by_hand(model: Model, decay: float) -> tuple[Any, Any]:
+    """The same with `optax.ema` of all parameters; who reads it debiases."""
+    step, (params, opt_state) = hand_written(model)
+    tx = optax.ema(decay, debias=False)
+
+    def averaging(params: Any, state: Any, batch: Any) -> Any:
+        params, opt_state, value = step(params, state[0], batch)
+        return params, (opt_state, tx.update(params, state[1])[1]), value
+
+    return averaging, (params, (opt_state, tx.init(params)))
+
+
 def accumulated_by_hand(model: Model, times: int, length: int) -> Any:
     """A function that takes in batches in windows of a length, with a program for each position."""
     programs, given = window_by_hand(model, length)

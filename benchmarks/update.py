@@ -16,6 +16,7 @@ from harness import machine, measure, print_table
 from models import MODELS, Model, mlp
 from steps import (
     accumulated_by_hand,
+    averaging_by_hand,
     eqx_jit,
     hand_written,
     multi_transform,
@@ -37,6 +38,7 @@ def main() -> None:
     tables = {
         "update": one_update,
         "many": many,
+        "averages": averages,
         "others": others,
         "seeds": seeds,
         "program": programs,
@@ -90,6 +92,17 @@ def many() -> None:
         candidates = {"plain": updated(model, 50), "measured": updated(model, 50, measured_every=50)}
         rows.append((name, f"{measure(candidates, calls=2, rounds=15)['measured']:.3f}"))
     print_table("Telemetry: time as a ratio to the update without it", rows)
+
+
+def averages() -> None:
+    rows = [("model", "update", "(by hand)")]
+    for name, make in MODELS.items():
+        model = make()
+        times = 2 if name == LARGE else 16
+        by_hand = repeated(*averaging_by_hand(model, 0.999), model.batch, times)
+        ratios = measure({"by hand": by_hand, "update": updated(model, times, ema=0.999)}, calls=2)
+        rows.append((name, f"{ratios['update']:.3f}", f"{ratios['seconds'] / times * 1e3:.2f} ms"))
+    print_table("Averages of all parameters: one update, time as a ratio to the same written by hand", rows)
 
 
 def others() -> None:

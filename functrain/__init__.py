@@ -35,10 +35,12 @@ from functrain.optim.transforms import FROZEN
 from functrain.tree.partition import Partition, partition
 from functrain.tree.paths import flatten, unflatten
 from functrain.tree.selectors import Selector, mask, non_float, take
+from functrain.update.make import make_update
 from functrain.update.phases import Alternation, Phase, alternate
 from functrain.update.precision import DynamicScale
 from functrain.update.state import TrainState
-from functrain.update.update import Update, make_update
+from functrain.update.target import ema
+from functrain.update.update import Update
 from functrain.update.window import Window
 
 if TYPE_CHECKING:
@@ -108,6 +110,7 @@ __all__ = [
     "accumulate",
     "alternate",
     "audit",
+    "ema",
     "fit",
     "flatten",
     "from_arrays",

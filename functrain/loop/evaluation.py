@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ class Evaluation:
       name: what the results come under in `fit`: "valid/loss".
       metrics: by name, more than means: `ConfusionMatrix`, `TopK`, `OnHost`, or your own `Metric`. The outputs of
         `eval_step` that they take are not averaged.
+      params: "ema" has `fit` evaluate the averages of `make_update(ema=...)` in the place of the last parameters. Give
+        it a name of its own beside an evaluation of those.
       sharding: where batches go, as for `fit`; needed where params lie over several processes, each of which reads its
         own slice of a batch.
     """
@@ -51,8 +53,11 @@ class Evaluation:
     name: str = "valid"
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sharding: jax.sharding.Sharding | None = None
+    params: Literal["last", "ema"] = "last"
 
     def __post_init__(self) -> None:
+        if self.params not in ("last", "ema"):
+            raise EvaluationError(f"Evaluation(..., params={self.params!r}): write 'last' or 'ema'")
         if not isinstance(self.every, Every):
             raise EvaluationError(f"every={self.every!r}: give an Every, ft.Every(updates={self.every!r})")
 

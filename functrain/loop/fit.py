@@ -34,6 +34,7 @@ class Result:
 
     Attributes:
       state: the last state, or with `load_best_on_end` the best.
+      ema: the params with the averages of that state in place, `update.ema(state)`; None without averages.
       history: what was logged, a dict for each row, with "step" and "epoch".
       results: the newest results of each evaluation, by name: "valid/loss".
       stopped: why it ended before its end, None if it did not.
@@ -41,6 +42,7 @@ class Result:
     """
 
     state: TrainState
+    ema: Any
     history: list[dict[str, Any]]
     results: dict[str, Any]
     stopped: str | None
@@ -128,7 +130,7 @@ def fit(
         log=log,
         rows=_rows(loggers, checkpoints),
         hooks=all_hooks,
-        evaluations=_laid_out(evaluation, sharding),
+        evaluations=_evaluations(evaluation, update, sharding),
         saver=Saver(checkpoints, all_hooks) if checkpoints else None,
         load_best_on_end=load_best_on_end,
     )
@@ -147,7 +149,7 @@ def fit(
             raise SystemExit(signals.exit_code)
         if plan.best_at_end and checkpoints:
             _take_best(run, checkpoints, plan.best_at_end, regroup=regroup)
-    return Result(run.state, run.history, run.results, run.stopped, run.epoch)
+    return _result(run)
 
 
 def _begin(run: Run, plan: Plan, *, regroup: bool, fresh: bool) -> None:
@@ -191,6 +193,11 @@ def _take_best(run: Run, checkpoints: Checkpoints, result: str, *, regroup: bool
         run.state = restored.state
 
 
+def _result(run: Run) -> Result:
+    ema = run.update.ema(run.state) if run.update.options.averages else None
+    return Result(run.state, ema, run.history, run.results, run.stopped, run.epoch)
+
+
 def _tell_regrouped(restored: Restored | None) -> None:
     if restored is not None and restored.report is not None:
         print(restored.report)
@@ -204,9 +211,11 @@ def _rows(loggers: Sequence[Logger], checkpoints: Checkpoints | None) -> Rows:
     return Rows([] if jax.process_index() else of_first, path)
 
 
-def _laid_out(
-    evaluation: Evaluation | Sequence[Evaluation], sharding: jax.sharding.Sharding | None
+def _evaluations(
+    evaluation: Evaluation | Sequence[Evaluation], update: Update, sharding: jax.sharding.Sharding | None
 ) -> list[Evaluation]:
     """The evaluations, whose batches go where those of training go unless they say otherwise."""
     evaluations = [evaluation] if isinstance(evaluation, Evaluation) else list(evaluation)
+    if update.options.averages is None and any(each.params == "ema" for each in evaluations):
+        raise FitError('Evaluation(..., params="ema") needs averages: make_update(..., ema={"body": 0.999})')
     return [dataclasses.replace(each, sharding=each.sharding or sharding) if sharding else each for each in evaluations]

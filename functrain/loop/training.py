@@ -170,7 +170,8 @@ def _update(run: Run, plan: Plan, batches: Sequence[object]) -> bool:
 def _evaluate(run: Run, plan: Plan, due: Sequence[Evaluation]) -> None:
     """Evaluates, logs, and asks the hooks."""
     for evaluation in due:
-        found = evaluation(run.state.params, run.state.model_state)
+        params = run.update.ema(run.state) if evaluation.params == "ema" else run.state.params
+        found = evaluation(params, run.state.model_state)
         run.evaluated |= {f"{evaluation.name}/{name}": value for name, value in found.items()}
     run.watch.tell_results(run.step, run.evaluated)
     run.results |= run.evaluated

@@ -1,7 +1,6 @@
 """How a state starts: every buffer its own, laid out as params are; and its shapes, without computing anything."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,22 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import UpdateError
-from functrain.optim.optimizer import Optimizer
 from functrain.tree.arrays import as_array, committed_sharding, replicated_over
 from functrain.tree.paths import PyTree, flatten
 from functrain.tree.text import listed
+from functrain.update.options import Options
 from functrain.update.state import TrainState
 
 
 def initial_state(
-    optim: Optimizer,
-    params: PyTree,
-    *,
-    model_state: Any,
-    scale_state: Any,
-    key: Any,
-    configuration: str,
-    copy: bool,
+    options: Options, params: PyTree, *, model_state: Any, key: Any, configuration: str, copy: bool
 ) -> TrainState:
     """A state whose every buffer is its own, so that all of it can be donated."""
     arrays = jax.Array | np.ndarray | np.generic | int | float | complex
@@ -46,10 +38,9 @@ def initial_state(
     counter = np.zeros((), np.int64)
     on_device = {
         "params": params,
-        "opt_state": optim.init(params),
         "model_state": model_state,
         "key": key,
-        "scale_state": scale_state,
+        **_made_of(options, params),
     }
     return TrainState(
         **jax.tree.map(in_its_own_buffer, on_device),
@@ -61,25 +52,16 @@ def initial_state(
     )
 
 
-def abstract_state(
-    optim: Optimizer,
-    params: PyTree,
-    *,
-    model_state: Any,
-    scale_state: Callable[[], Any],
-    key: Any,
-    configuration: str,
-) -> TrainState:
+def abstract_state(options: Options, params: PyTree, *, model_state: Any, key: Any, configuration: str) -> TrainState:
     """The shapes, dtypes and shardings of an initial state, from arrays or shapes, without computing anything."""
     counter = jax.ShapeDtypeStruct((), np.dtype(np.int64))
 
     def initial(params: PyTree, model_state: Any, key: Any) -> TrainState:
         return TrainState(
             params=params,
-            opt_state=optim.init(params),
             model_state=model_state,
-            scale_state=scale_state(),
             key=key,
+            **_made_of(options, params),
             step=None,
             batches=None,
             pending=None,
@@ -95,9 +77,10 @@ def abstract_state(
         shardings = dataclasses.replace(
             shapes,
             params=of_params,
-            opt_state=optim.shardings(of_params),
+            opt_state=options.optim.shardings(of_params),
             model_state=of_model,
             scale_state=jax.tree.map(lambda _: replicated, shapes.scale_state),
+            ema=options.averages and options.averages.shardings(of_params, replicated),
             key=of_key,
         )
         shapes = jax.tree.map(
@@ -105,3 +88,12 @@ def abstract_state(
         )
     state: TrainState = dataclasses.replace(shapes, step=counter, batches=counter, pending=counter)
     return state
+
+
+def _made_of(options: Options, params: PyTree) -> dict[str, Any]:
+    """The fields that begin with what the options and the params say."""
+    return {
+        "opt_state": options.optim.init(params),
+        "scale_state": options.loss_scale and options.loss_scale.init(),
+        "ema": options.averages and options.averages.init(params),
+    }

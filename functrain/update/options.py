@@ -5,6 +5,7 @@ from typing import Literal
 
 from functrain.errors import UpdateError
 from functrain.optim.optimizer import Optimizer
+from functrain.update.ema import Averages
 from functrain.update.precision import DynamicScale
 
 
@@ -22,6 +23,7 @@ class Options:
     remainder: Literal["flush", "drop", "carry"] = "flush"
     nonfinite: Literal["ignore", "skip"] = "ignore"
     loss_scale: DynamicScale | None = None
+    averages: Averages | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.optim, Optimizer):

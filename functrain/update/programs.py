@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from functrain.errors import LossError, UpdateError
+from functrain.errors import LossError
 from functrain.gradients.loss import Loss, name_of
 from functrain.tree.text import listed
+from functrain.update.checks import check_not_deleted
 from functrain.update.packed import Form, pack, packed_leaves, unpack
 from functrain.update.phases import Phase, Turn
 from functrain.update.state import TrainState
@@ -19,6 +20,7 @@ from functrain.update.turns import Body, make_cycles, make_turn, under_phases
 from functrain.update.window import Window
 
 _LAST = 2**31 - 1
+_BY_PART = ("opt_state", "ema")  # Fields that a step changes those parts of which it trains.
 
 
 class Call(NamedTuple):
@@ -39,8 +41,8 @@ class Program:
 
     It consumes the leaves of the state that it changes, and reads the others: a phase leaves the networks of other
     phases where they are, and every update what is frozen. XLA deletes what is consumed and writes the new in its
-    place. Optimizer state that it does not change is no argument of it, as nothing of it is looked at; a frozen part
-    has none at all.
+    place. Optimizer state and averages that it does not change are no arguments of it, as nothing of them is looked at;
+    a frozen part has none at all.
     """
 
     def __init__(self, steps: Sequence[Step], call: Call, form: Form):
@@ -82,7 +84,8 @@ class Program:
           UpdateError: an earlier call has consumed the state.
         """
         consumed, read = self.split(state)
-        _check_not_deleted(consumed, read)
+        # One leaf of each tells: what a call consumes is deleted together.
+        check_not_deleted([*consumed[0][:1], *read[0][:1], *([consumed[1].weight] if consumed[1] else [])])
         changed, window, metrics = self.jitted(consumed, read, batch, lr)
         leaves = changed
         if len(changed) < self.form.leaves:
@@ -152,16 +155,6 @@ class Programs:
             )
 
 
-def _check_not_deleted(consumed: Any, read: Any) -> None:
-    # One leaf of each tells: what a call consumes is deleted together.
-    told = [*consumed[0][:1], *read[0][:1], *([consumed[1].weight] if consumed[1] else [])]
-    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in told):
-        raise UpdateError(
-            "this state was consumed by an earlier call, and with it every shallow copy: go on from the state that"
-            " the call returned, state, metrics = update(state, batch), or copy.deepcopy(state) before it"
-        )
-
-
 def _changed(steps: Sequence[Step], call: Call, form: Form) -> list[int]:
     """Which leaves of the state a call changes."""
     numbers = form.fields(range(form.leaves))
@@ -173,14 +166,14 @@ def _changed(steps: Sequence[Step], call: Call, form: Form) -> list[int]:
         if not any(step.after for step in mine):
             split = mine[0].options.optim.parts.split(params)
             params = [split[part] for part in parts]
-        changed += [params, [numbers["opt_state"][part] for part in parts], numbers["scale_state"]]
+        of_parts = [[numbers[field][part] for part in parts if part in (numbers[field] or ())] for field in _BY_PART]
+        changed += [params, of_parts, numbers["scale_state"]]
     return sorted(jax.tree.leaves(changed))
 
 
 def _read(changed: Sequence[int], form: Form) -> list[int]:
-    """Which others it looks at: optimizer state that it does not change is none of them."""
-    numbers = form.fields(range(form.leaves))
-    del numbers["opt_state"]
+    """Which others it looks at: optimizer state and averages that it does not change are none of them."""
+    numbers = {name: value for name, value in form.fields(range(form.leaves)).items() if name not in _BY_PART}
     return sorted({*jax.tree.leaves(numbers)} - {*changed})
 
 

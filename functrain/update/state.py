@@ -20,6 +20,7 @@ class TrainState(Packable):
       opt_state: `{part: state}` of the trained parts.
       model_state: what the loss function returns as such; None if it has none.
       scale_state: the state of the dynamic loss scale; None without one.
+      ema: `{part: Average(count, mean)}`, what `update.ema(state)` debiases; None without averages.
       key: the run's key; it never changes. The key of a batch follows from it and from `batches`.
       step: finished windows, skipped ones included; a 0-d int64 of the host. Programs are given 32 bits of it: past
         2**31 - 1 a loss function sees that number.
@@ -34,6 +35,7 @@ class TrainState(Packable):
     opt_state: dict[str, Any]
     model_state: Any
     scale_state: Any
+    ema: Any
     key: Any
     step: Any
     batches: Any
@@ -41,4 +43,4 @@ class TrainState(Packable):
     window: Window | None
     configuration: str = dataclasses.field(default="{}", metadata={"static": True})
 
-    packed: ClassVar[tuple[str, ...]] = ("params", "opt_state", "model_state", "scale_state")
+    packed: ClassVar[tuple[str, ...]] = ("params", "opt_state", "model_state", "scale_state", "ema")

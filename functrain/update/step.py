@@ -16,6 +16,7 @@ from functrain.optim.own_tree import ByPart
 from functrain.tree.arrays import as_array, common_length, is_finite, leading_lengths
 from functrain.tree.paths import PyTree, flatten, structure_difference
 from functrain.tree.text import listed
+from functrain.update.ema import check_averages
 from functrain.update.options import Options
 from functrain.update.state import TrainState
 from functrain.update.telemetry import by_part
@@ -32,6 +33,7 @@ class _Stepped(NamedTuple):
     params: PyTree
     opt_state: Any
     model_state: Any
+    ema: Any
     telemetry: Any
 
 
@@ -202,6 +204,7 @@ class Step:
             params=stepped.params,
             opt_state=stepped.opt_state,
             model_state=stepped.model_state,
+            ema=stepped.ema,
             scale_state=scale_state,
             pending=state.pending * 0,
             window=None,
@@ -219,17 +222,23 @@ class Step:
                 raise UpdateError(f"after= must return (params, model_state), not {type(returned).__name__}")
             params = _like(returned[0], state.params, "the params that after= returned", UpdateError)
             model_state = _like(returned[1], state.model_state, "the model_state that after= returned", UpdateError)
+        averages, ema = self.options.averages, state.ema
+        check_averages(averages, ema)
+        if averages is not None:
+            ema = averages.stepped(ema, params, self.parts)
         telemetry = {}
         if measured:
             telemetry = by_part(grads, updates, optim.parts.split(state.params), optim.learning_rates(opt_state))
-        return _Stepped(params, opt_state, model_state, telemetry)
+            for part, distance in (averages.distances(ema, params, self.parts) if averages else {}).items():
+                telemetry[part]["ema_distance"] = distance
+        return _Stepped(params, opt_state, model_state, ema, telemetry)
 
 
 def _guarded(step: Callable[[], _Stepped], state: TrainState, skipped: jax.Array, *, measured: bool) -> _Stepped:
     """The step, unless it is skipped: then all as it was."""
     telemetry = jax.eval_shape(step).telemetry if measured else {}
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), telemetry)
-    as_it_was = _Stepped(state.params, state.opt_state, state.model_state, nothing)
+    as_it_was = _Stepped(state.params, state.opt_state, state.model_state, state.ema, nothing)
     stepped: _Stepped = jax.lax.cond(skipped, lambda: as_it_was, step)
     return stepped
 

@@ -1,122 +1,37 @@
-"""The compiled update: train step, partition, optimizer and accumulation as one state and one call."""
+"""The compiled update as its user calls it; `make_update` makes one."""
 
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
+import jax
 import numpy as np
 
 from functrain.errors import UpdateError
 from functrain.gradients.loss import required_context
-from functrain.gradients.objective import make_objective
-from functrain.gradients.routes import Route, Weight
-from functrain.gradients.train_step import make_gradient
 from functrain.optim.adoption import Adoption
 from functrain.optim.optimizer import Optimizer
 from functrain.tree.paths import PyTree
 from functrain.tree.text import listed
-from functrain.update.checks import check_cycle, check_position, check_rates, check_state, check_whole, checked_count
+from functrain.update.checks import (
+    check_cycle,
+    check_not_deleted,
+    check_position,
+    check_rates,
+    check_state,
+    check_whole,
+    checked_count,
+)
+from functrain.update.ema import adopted_ema
 from functrain.update.initial import abstract_state, initial_state
 from functrain.update.options import Options
-from functrain.update.phases import Alternation, period, scheduled
-from functrain.update.precision import DynamicScale, LossScaleState, caster
+from functrain.update.phases import Alternation, period
 from functrain.update.programs import Call, Programs
 from functrain.update.state import TrainState
-from functrain.update.step import After, Metrics, Step
+from functrain.update.step import Metrics, Step
 from functrain.update.turns import make_cycles, make_turn
-
-
-def make_update(
-    loss_fn: Callable[..., Any] | Alternation,
-    optim: Optimizer,
-    *,
-    accumulate: int = 1,
-    microbatches: int = 1,
-    remainder: Literal["flush", "drop", "carry"] = "flush",
-    nonfinite: Literal["ignore", "skip"] = "ignore",
-    after: After | None = None,
-    compute_dtype: Any = None,
-    loss_scale: DynamicScale | None = None,
-    route: Route | None = None,
-    loss_weights: Mapping[str, Weight] | None = None,
-    audit: bool = True,
-) -> "Update":
-    """Makes the compiled update of a loss function and an optimizer.
-
-    >>> from functrain import Optimizer, partition, with_lr
-    >>> import jax.numpy as jnp, optax
-    >>> params = {"w": jnp.ones(2)}
-    >>> optim = Optimizer(partition(params, {"all": ...}), {"all": with_lr(optax.sgd, 0.5)})
-    >>> update = make_update(lambda params, batch: jnp.sum(params["w"] * batch), optim, accumulate=2)
-    >>> state = update.init(params)
-    >>> state, metrics = update(state, jnp.array([1.0, 2.0]))
-    >>> state, metrics = update(state, jnp.array([3.0, 2.0]))
-    >>> state.params["w"].tolist(), float(metrics["loss"]), int(state.step)
-    ([0.0, 0.0], 4.0, 1)
-
-    Args:
-      loss_fn: as for `make_train_step`, or phases with a loss function each: `alternate(...)`. Its key is
-        `fold_in(fold_in(key, batches), index of the phase)`, with the microbatch's index folded in where there are
-        several; its `step` is the number of finished windows.
-      optim: the optimizer. The gradients of `optim.trained` are computed and no others. Its transforms are given those
-        of optax's extra arguments that they declare: `value`, the loss that their part learns from, `value_fn`, the
-        same as a function of their part's leaves (not with `accumulate`), `grad` and `grad_fn`.
-      accumulate: batches in a window, which makes one optimizer step from their gradients, weighted by `Loss.weight`.
-      microbatches: slices of a batch that are computed one after the other, for memory; the batch's leading axis must
-        be a multiple of it. The result is that of the whole batch, where the loss is a mean over `Loss.weight`.
-      remainder: what `flush` does with a window cut short: "flush" steps with the mean of what is there, "drop" forgets
-        it, "carry" leaves it pending.
-      nonfinite: "ignore" adds nothing to the compiled program; who reads the loss finds out. "skip" leaves out an
-        update with a non-finite gradient, params, optimizer state and `after`, and the model state of the batch that
-        had it.
-      after: `fn(params, model_state, step) -> (params, model_state)`, compiled in after each optimizer step, which
-        `step` counts from 1: target networks, moving averages, projections.
-      compute_dtype: the dtype of the params that the loss is given, or `{part: dtype}`; masters and gradients keep
-        theirs.
-      loss_scale: a `DynamicScale`, for float16; it implies `nonfinite="skip"`.
-      route: which losses each part learns from, as for `make_train_step`; the "loss" in the metrics is then the plain
-        sum of all.
-      loss_weights: the weights of named losses in the sum, as for `make_train_step`; each is logged unweighted.
-      audit: check before the first step, without a FLOP, that the losses reach the trained parts: raise for a part of
-        which they reach no leaf, warn of single leaves. See `ft.audit`.
-
-    Raises:
-      UpdateError: an option that is none of these.
-      LossError: `loss_fn` requires an argument that functrain does not know.
-      PartitionError: `compute_dtype` names an unknown part.
-      PhaseError: a phase with unknown or frozen parts, a trained part without a phase, or with `accumulate` a phase
-        that takes the batch of another.
-    """
-    options = Options(
-        optim=optim,
-        accumulate=accumulate,
-        microbatches=microbatches,
-        remainder=remainder,
-        nonfinite=nonfinite,
-        loss_scale=loss_scale,
-    )
-    if after is not None and not callable(after):
-        raise UpdateError(f"after={after!r}: give a function (params, model_state, step) -> (params, model_state)")
-    cast = caster(optim.parts, compute_dtype)
-    schedule = scheduled(loss_fn, optim, accumulate, route=route, loss_weights=loss_weights)
-    steps = []
-    for index, phase in enumerate(schedule.phases):
-        losses: Any = {"cast": cast, "route": phase.route, "loss_weights": phase.loss_weights}
-        where = (f" of phase {phase.name!r}" if phase.name else "") if audit else None
-        steps.append(
-            Step(
-                name=phase.name,
-                index=index,
-                parts=phase.trained,
-                gradient=make_gradient(phase.loss_fn, optim.parts, phase.trained, **losses, audit=where),
-                objective=make_objective(phase.loss_fn, phase.trained, **losses),
-                after=tuple(each for each in (phase.after, after) if each is not None),
-                options=options,
-            )
-        )
-    return Update(schedule, tuple(steps), options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -148,6 +63,7 @@ class Update:
             "parts": {part: self.optim.parts.paths(part) for part in self.optim.parts.names},
             "optimizers": self.optim.described,
             "accumulate": self.accumulate,
+            "ema": self.options.averages.decays if self.options.averages else {},
             "phases": [[phase.name, *phase.trained, phase.repeat, phase.same_batch] for phase in phases if phase.name],
         })  # fmt: skip
 
@@ -173,13 +89,7 @@ class Update:
         if absent := [name for name in given if name in required and given[name] is None]:
             raise UpdateError(f"the loss function declares {listed(absent)}: update.init(params, {absent[0]}=...)")
         return initial_state(
-            self.optim,
-            params,
-            model_state=model_state,
-            scale_state=self._initial_scale(),
-            key=key,
-            configuration=self.configuration,
-            copy=copy,
+            self.options, params, model_state=model_state, key=key, configuration=self.configuration, copy=copy
         )
 
     def abstract(self, params: PyTree, *, key: Any = None, model_state: Any = None) -> TrainState:
@@ -187,14 +97,7 @@ class Update:
 
         The arguments may be arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
         """
-        return abstract_state(
-            self.optim,
-            params,
-            model_state=model_state,
-            scale_state=self._initial_scale,
-            key=key,
-            configuration=self.configuration,
-        )
+        return abstract_state(self.options, params, model_state=model_state, key=key, configuration=self.configuration)
 
     def __call__(
         self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None
@@ -301,10 +204,35 @@ class Update:
         check_state(state)
         check_whole(state, "adopt")
         opt_state, report = self.optim.adopt(other.optim, state.opt_state, state.params)
-        keeps_scale = self.options.loss_scale is not None and state.scale_state is not None
-        scale_state = state.scale_state if keeps_scale else self._initial_scale()
-        new = dataclasses.replace(state, opt_state=opt_state, scale_state=scale_state, configuration=self.configuration)
+        scale_state, ema = None, None
+        if (scale := self.options.loss_scale) is not None:
+            scale_state = scale.init() if state.scale_state is None else state.scale_state
+        mine, its = self.options.averages, other.options.averages
+        if mine is not None or its is not None:
+            fresh, decays = (mine.init(state.params), mine.decays) if mine else ({}, {})
+            found, report = adopted_ema(fresh, decays, state.ema or {}, its.decays if its else {}, report)
+            ema = found or None
+        new = dataclasses.replace(
+            state, opt_state=opt_state, scale_state=scale_state, ema=ema, configuration=self.configuration
+        )
         return new, report
+
+    def ema(self, state: TrainState) -> PyTree:
+        """The whole params with the averages of `make_update(ema=...)` in place, debiased, each leaf of its own dtype.
+
+        A part that made no step yet has its parameters there. Leaves without an average are the state's own: the next
+        update consumes them.
+
+        Raises:
+          UpdateError: the update keeps no average.
+        """
+        if self.options.averages is None or state.ema is None:
+            raise UpdateError('this update keeps no average: make_update(..., ema={"body": 0.999})')
+        check_not_deleted([*jax.tree.leaves(state.ema), *jax.tree.leaves(state.params)])
+        averages, split = self.options.averages, self.optim.parts.split(state.params)
+        covered = {part: {path: split[part][path] for path in decays} for part, decays in averages.decays.items()}
+        means = self._debiased(state.ema, covered)
+        return self.optim.parts.merge({part: split[part] | flat for part, flat in means.items()}, into=state.params)
 
     # How it is compiled and called.
 
@@ -330,8 +258,15 @@ class Update:
         return self._programs.run(call, state, batch, lr, batches=1, steps=len(call.turns[0]))
 
     @functools.cached_property
+    def _debiased(self) -> Any:
+        averages = self.options.averages
+        assert averages is not None
+
+        def debiased(ema: Any, split: Any) -> Any:
+            return jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), averages.debiased(ema, split), split)
+
+        return jax.jit(debiased)
+
+    @functools.cached_property
     def _programs(self) -> Programs:
         return Programs(self.schedule.phases, self.steps)
-
-    def _initial_scale(self) -> LossScaleState | None:
-        return None if self.options.loss_scale is None else self.options.loss_scale.init()

@@ -32,7 +32,8 @@ def optimizer_of(params, **transforms):
 
 def leaves_of(state):
     """Every leaf of a state as bytes, by path: two states with the same ones are equal to the bit."""
-    fields = {"params": state.params, "opt": state.opt_state, "model": state.model_state, "window": state.window}
+    fields = {"params": state.params, "opt": state.opt_state, "model": state.model_state, "window": state.window,
+              "ema": state.ema}  # fmt: skip
     counters = {"step": int(state.step), "batches": int(state.batches), "pending": int(state.pending)}
     others = counters | {"scale": state.scale_state}
     return {path: np.asarray(leaf).tobytes() for path, leaf in ft.flatten(fields | others).items()}

@@ -82,7 +82,17 @@ def of_configuration(contents: Contents, asked: Asked) -> list[str]:
     for option in ("accumulate", "phases"):
         if saved[option] != now[option]:
             lines.append(f"{option}: saved as {saved[option]}, now {now[option]}")
+    before, after = (_decays(configuration) for configuration in (saved, now))
+    for path, decay in before.items():
+        if after.get(path, decay) != decay:
+            lines.append(f"the average of {path}: saved with the decay {decay}, now {after[path]}")
     return lines
+
+
+def _decays(configuration: Mapping[str, Any]) -> dict[str, float]:
+    """The decay of each leaf that is averaged; checkpoints of before there were averages have none."""
+    by_part = configuration.get("ema", {})
+    return {path: decay for decays in by_part.values() for path, decay in decays.items()}
 
 
 def places(contents: Contents, asked: Asked) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from functrain.tree.paths import flatten
 from functrain.update.state import TrainState
 from functrain.update.window import Window
 
-FIELDS = ("params", "opt_state", "model_state", "key", "scale_state", "step", "batches", "pending")
+FIELDS = ("params", "opt_state", "model_state", "key", "scale_state", "ema", "step", "batches", "pending")
 COUNTERS = ("step", "batches", "pending")
 WINDOW = "window/"
 _IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
@@ -21,7 +21,7 @@ _IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
 def named_leaves(state: TrainState) -> dict[str, Any]:
     """The leaves of a state by name: the field, for an optimizer state the part, and the path.
 
-    >>> state = TrainState({"w": 1.0}, {"all": {"mu": {"w": 2.0}}}, None, None, None, 0, 0, 0, None)
+    >>> state = TrainState({"w": 1.0}, {"all": {"mu": {"w": 2.0}}}, None, None, None, None, 0, 0, 0, None)
     >>> sorted(named_leaves(state))
     ['batches', 'opt_state/all/mu/w', 'params/w', 'pending', 'step']
     """

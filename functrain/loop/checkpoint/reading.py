@@ -26,7 +26,8 @@ class Restored(NamedTuple):
       metrics: the metrics that were saved with it.
       extra: what else was saved with it.
       path: its folder.
-      report: with `regroup=True`, what became of the optimizer state, for `print`; None where nothing was regrouped.
+      report: with `regroup=True`, what became of optimizer state and averages, for `print`; None where nothing was
+        regrouped.
     """
 
     state: TrainState
@@ -48,7 +49,7 @@ def read(storage: Storage, checkpoint: Path, asked: Asked, *, regroup: bool) -> 
     if differs and not regroup:
         raise CheckpointError(
             f"the checkpoint {checkpoint} does not fit the state that is asked for:{listed_lines(differs)}\nrestore it"
-            " with the update that it was saved from, or, if only parts or optimizers are others, regroup=True"
+            " with the update that it was saved from, or, if only parts, optimizers or ema= are others, regroup=True"
         )
     leaves, report = storage.leaves(checkpoint, contents, places(contents, asked)), None
     window = window_of(contents.window, leaves)

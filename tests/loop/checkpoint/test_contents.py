@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_one_error_with_all_that_differs(tmp_path, name):
         checkpoints.restore(like=asked_by.abstract(now))
     text = str(raised.value)
     assert text.startswith(f"the checkpoint {tmp_path / '0'} does not fit the state that is asked for:\n")
-    assert text.endswith("that it was saved from, or, if only parts or optimizers are others, regroup=True")
+    assert text.endswith("that it was saved from, or, if only parts, optimizers or ema= are others, regroup=True")
     told = text.split(":\n", 1)[1].splitlines()[:-1]
     assert len(told) == len(lines)
     assert all(one.startswith(f"  {line}") for one, line in zip(told, lines, strict=True)), told

@@ -1,0 +1,110 @@
+"""Makes the compiled update: train step, partition, optimizer and accumulation as one state and one call."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from functrain.gradients.objective import make_objective
+from functrain.gradients.routes import Route, Weight
+from functrain.gradients.train_step import make_gradient
+from functrain.optim.optimizer import Optimizer
+from functrain.update.ema import averages_of
+from functrain.update.options import Options
+from functrain.update.phases import Alternation, scheduled
+from functrain.update.precision import DynamicScale, caster
+from functrain.update.step import After, Step
+from functrain.update.target import bound
+from functrain.update.update import Update
+
+
+def make_update(
+    loss_fn: Callable[..., Any] | Alternation,
+    optim: Optimizer,
+    *,
+    accumulate: int = 1,
+    microbatches: int = 1,
+    remainder: Literal["flush", "drop", "carry"] = "flush",
+    nonfinite: Literal["ignore", "skip"] = "ignore",
+    after: After | None = None,
+    compute_dtype: Any = None,
+    loss_scale: DynamicScale | None = None,
+    ema: float | Mapping[Any, float] | None = None,
+    route: Route | None = None,
+    loss_weights: Mapping[str, Weight] | None = None,
+    audit: bool = True,
+) -> Update:
+    """Makes the compiled update of a loss function and an optimizer.
+
+    >>> from functrain import Optimizer, partition, with_lr
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"w": jnp.ones(2)}
+    >>> optim = Optimizer(partition(params, {"all": ...}), {"all": with_lr(optax.sgd, 0.5)})
+    >>> update = make_update(lambda params, batch: jnp.sum(params["w"] * batch), optim, accumulate=2)
+    >>> state = update.init(params)
+    >>> state, metrics = update(state, jnp.array([1.0, 2.0]))
+    >>> state, metrics = update(state, jnp.array([3.0, 2.0]))
+    >>> state.params["w"].tolist(), float(metrics["loss"]), int(state.step)
+    ([0.0, 0.0], 4.0, 1)
+
+    Args:
+      loss_fn: as for `make_train_step`, or phases with a loss function each: `alternate(...)`. Its key is
+        `fold_in(fold_in(key, batches), index of the phase)`, with the microbatch's index folded in where there are
+        several; its `step` is the number of finished windows.
+      optim: the optimizer. The gradients of `optim.trained` are computed and no others. Its transforms are given those
+        of optax's extra arguments that they declare: `value`, the loss that their part learns from, `value_fn`, the
+        same as a function of their part's leaves (not with `accumulate`), `grad` and `grad_fn`.
+      accumulate: batches in a window, which makes one optimizer step from their gradients, weighted by `Loss.weight`.
+      microbatches: slices of a batch that are computed one after the other, for memory; the batch's leading axis must
+        be a multiple of it. The result is that of the whole batch, where the loss is a mean over `Loss.weight`.
+      remainder: what `flush` does with a window cut short: "flush" steps with the mean of what is there, "drop" forgets
+        it, "carry" leaves it pending.
+      nonfinite: "ignore" adds nothing to the compiled program; who reads the loss finds out. "skip" leaves out an
+        update with a non-finite gradient, params, optimizer state and `after`, and the model state of the batch that
+        had it.
+      after: `fn(params, model_state, step) -> (params, model_state)`, compiled in after each optimizer step, which
+        `step` counts from 1: projections, or a target network, `ft.ema("target", of="online", decay=0.995)`.
+      compute_dtype: the dtype of the params that the loss is given, or `{part: dtype}`; masters and gradients keep
+        theirs.
+      loss_scale: a `DynamicScale`, for float16; it implies `nonfinite="skip"`.
+      ema: exponential moving averages of the parameters, kept in the state: a decay for all that is trained, or
+        `{part or selector: decay}`. They are those of `optax.ema`, in float32 or wider, of the parameters after each
+        step of their part and after `after`; a skipped step is none. `update.ema(state)` is the params with them.
+      route: which losses each part learns from, as for `make_train_step`; the "loss" in the metrics is then the plain
+        sum of all.
+      loss_weights: the weights of named losses in the sum, as for `make_train_step`; each is logged unweighted.
+      audit: check before the first step, without a FLOP, that the losses reach the trained parts: raise for a part of
+        which they reach no leaf, warn of single leaves. See `ft.audit`.
+
+    Raises:
+      UpdateError: an option that is none of these, such as an `ema` that takes no leaf, or one twice.
+      LossError: `loss_fn` requires an argument that functrain does not know.
+      PartitionError: `compute_dtype` names an unknown part.
+      PhaseError: a phase with unknown or frozen parts, a trained part without a phase, or with `accumulate` a phase
+        that takes the batch of another.
+    """
+    options = Options(
+        optim=optim,
+        accumulate=accumulate,
+        microbatches=microbatches,
+        remainder=remainder,
+        nonfinite=nonfinite,
+        loss_scale=loss_scale,
+        averages=averages_of(optim, ema),
+    )
+    cast = caster(optim.parts, compute_dtype)
+    schedule = scheduled(loss_fn, optim, accumulate, route=route, loss_weights=loss_weights)
+    steps = []
+    for index, phase in enumerate(schedule.phases):
+        losses: Any = {"cast": cast, "route": phase.route, "loss_weights": phase.loss_weights}
+        where = (f" of phase {phase.name!r}" if phase.name else "") if audit else None
+        steps.append(
+            Step(
+                name=phase.name,
+                index=index,
+                parts=phase.trained,
+                gradient=make_gradient(phase.loss_fn, optim.parts, phase.trained, **losses, audit=where),
+                objective=make_objective(phase.loss_fn, phase.trained, **losses),
+                after=tuple(bound(each, optim) for each in (phase.after, after) if each is not None),
+                options=options,
+            )
+        )
+    return Update(schedule, tuple(steps), options)
