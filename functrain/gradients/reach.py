@@ -11,6 +11,8 @@ from functrain.errors import AuditError
 from functrain.tree.partition import Partition
 from functrain.tree.text import listed
 
+_WHY = "it is not used, or cut off by stop_gradient or an operation that has no gradient"
+
 
 def recording_reach(split: Mapping[str, Mapping[str, Any]], record: Callable[[set[tuple[str, str]]], None]) -> Any:
     """The same split tree; a backward pass through it tells which leaves it has a gradient for.
@@ -54,20 +56,17 @@ def check_reached(parts: Partition, trained: tuple[str, ...], reached: set[tuple
     Raises:
       AuditError: names the part and its leaves.
     """
-    why = "it is not used, or cut off by stop_gradient or an operation that has no gradient"
-    single = []
-    for part in trained:
-        unreached = [path for path in parts.paths(part) if (part, path) not in reached]
-        if len(unreached) == len(parts.paths(part)):
-            raise AuditError(
-                f"no loss{where} reaches the trained part {part!r} ({listed(unreached)}): {why};"
-                " print(ft.audit(loss_fn, parts, params, batch)) shows what reaches what; freeze the part, or write"
-                " audit=False"
-            )
-        single += unreached
+    unreached = {part: [path for path in parts.paths(part) if (part, path) not in reached] for part in trained}
+    if whole := {part: paths for part, paths in unreached.items() if len(paths) == len(parts.paths(part))}:
+        which = " and ".join(f"the trained part {part!r} ({listed(paths)})" for part, paths in whole.items())
+        raise AuditError(
+            f"no loss{where} reaches {which}: {_WHY}; print(ft.audit(loss_fn, parts, params, batch)) shows what reaches"
+            f" what; freeze {'the part' if len(whole) == 1 else 'these parts'}, or write audit=False"
+        )
+    single = [path for paths in unreached.values() for path in paths]
     if single:
         warnings.warn(
-            f"no loss{where} reaches {listed(single)}, which is trained: {why}; give such leaves a frozen part, or"
+            f"no loss{where} reaches {listed(single)}, which is trained: {_WHY}; give such leaves a frozen part, or"
             " write audit=False",
             stacklevel=2,
         )

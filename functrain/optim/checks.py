@@ -12,7 +12,7 @@ from functrain.optim.learning_rate import rates_in
 from functrain.optim.transforms import Frozen, Transform
 from functrain.tree.partition import Partition, Split
 from functrain.tree.selectors import non_float
-from functrain.tree.text import around_first_difference, listed
+from functrain.tree.text import around_first_difference, did_you_mean, listed
 
 _HINT = "split gradients come from make_train_step(loss_fn, parts, wrt=optim.trained) or parts.split(grads)"
 
@@ -24,10 +24,13 @@ def check_transforms(parts: Partition, transforms: Mapping[str, Transform]) -> N
             "Optimizer(parts, transforms) takes an ft.partition(...) and a dict of a transform for each part, not"
             f" {type(parts).__name__} and {type(transforms).__name__}"
         )
+    if unknown := [part for part in transforms if part not in parts.names]:
+        raise OptimizerError(
+            f"transforms without a part: {listed(unknown)}; the parts are {listed(parts.names, 30)}"
+            f"{did_you_mean(unknown, parts.names)}"
+        )
     if missing := [part for part in parts.names if part not in transforms]:
         raise OptimizerError(f"parts without a transform: {listed(missing)}; give each one, or ft.FROZEN")
-    if unknown := [part for part in transforms if part not in parts.names]:
-        raise OptimizerError(f"transforms without a part: {listed(unknown)}; the parts are {listed(parts.names, 30)}")
     for part, tx in transforms.items():
         if not isinstance(tx, Frozen) and not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise OptimizerError(f"part {part!r}: {tx!r} is no optax transform; write e.g. optax.adam(1e-3)")
@@ -141,7 +144,10 @@ def checked_rates(
     rates = {}
     for part, rate in (lr or {}).items():
         if part not in transforms:
-            raise OptimizerError(f"lr for the unknown part {part!r}; the parts are {listed(transforms, 30)}")
+            raise OptimizerError(
+                f"lr for the unknown part {part!r}; the parts are {listed(transforms, 30)}"
+                f"{did_you_mean([part], transforms)}"
+            )
         if part not in trained:
             raise OptimizerError(f"lr for part {part!r}, which is frozen: give it a transform, or leave it out of lr")
         if not rates_in(opt_state[part]):

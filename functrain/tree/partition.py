@@ -14,7 +14,7 @@ import optax
 from functrain.errors import PartitionError
 from functrain.tree.paths import Flat, PyTree, check_paths, difference_from, flatten
 from functrain.tree.selectors import Selector, describe, matcher, resolved, unmatched
-from functrain.tree.text import aligned, bytes_in_words, leaves_in_words, listed
+from functrain.tree.text import aligned, bytes_in_words, did_you_mean, leaves_in_words, listed
 
 Split = dict[str, Flat]
 
@@ -162,7 +162,10 @@ class Partition:
     def check_names(self, names: Any, where: str) -> None:
         """Raises a PartitionError that names the known parts, if one of the names is unknown."""
         if unknown := [name for name in names if name not in self._index]:
-            raise PartitionError(f"{where}: unknown part {listed(unknown)}; the parts are {listed(self.names, 30)}")
+            raise PartitionError(
+                f"{where}: unknown part {listed(unknown)}; the parts are {listed(self.names, 30)}"
+                f"{did_you_mean(unknown, self.names)}"
+            )
 
     def check_part(self, part: str, flat: Mapping[str, Any]) -> None:
         """Raises a PartitionError unless `flat` has exactly the paths of the part."""

@@ -202,9 +202,9 @@ def _glob(selector: str) -> Callable[[str], bool]:
 def _nearest(selector: str, flat: Flat) -> str:
     """The subtrees whose names come nearest to a string that matches nothing, as a question."""
     subtrees = _subtrees(flat)
-    deeper = f"**/{selector}"
-    if _count(deeper, flat):
-        close = [deeper]
+    spelt = [selector.replace(".", "/").strip("/"), f"**/{selector}"]  # As an attribute is; without what it is in.
+    if found := [each for each in spelt if each != selector and _count(each, flat)]:
+        close = found[:1]
     else:
         as_deep = [subtree for subtree in subtrees if subtree.count("/") == selector.strip("/").count("/")]
         anywhere = ["**/" + subtree.rsplit("/", 1)[-1] for subtree in subtrees] if selector.startswith("**/") else []

@@ -1,5 +1,6 @@
 """Words for messages and tables."""
 
+import difflib
 from collections.abc import Callable, Iterable, Sequence
 
 
@@ -12,6 +13,17 @@ def listed(names: Iterable[str], most: int = 10) -> str:
     quoted = [repr(name) for name in names]
     rest = len(quoted) - most
     return ", ".join(quoted[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def did_you_mean(names: Iterable[str], known: Iterable[str]) -> str:
+    """Of misspelt names the known ones that are nearest, as the end of a sentence; "" where none is near.
+
+    >>> did_you_mean(["haed"], ["body", "head"])
+    "; did you mean 'head'?"
+    """
+    known = [*known]
+    near = [found[0] for name in names if (found := difflib.get_close_matches(str(name), known, 1))]
+    return f"; did you mean {listed(dict.fromkeys(near))}?" if near else ""
 
 
 def listed_lines(lines: Sequence[str], most: int = 10) -> str:

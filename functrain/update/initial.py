@@ -19,6 +19,7 @@ def initial_state(
     options: Options, params: PyTree, *, model_state: Any, key: Any, configuration: str, copy: bool
 ) -> TrainState:
     """A state whose every buffer is its own, so that all of it can be donated."""
+    check_key(key)
     arrays = jax.Array | np.ndarray | np.generic | int | float | complex
     if bad := [path for path, leaf in flatten(params).items() if not isinstance(leaf, arrays)]:
         raise UpdateError(
@@ -50,6 +51,16 @@ def initial_state(
         window=None,
         configuration=configuration,
     )
+
+
+def check_key(key: Any) -> None:
+    """Raises for what is no random key.
+
+    Raises:
+      UpdateError: says how to make one.
+    """
+    if isinstance(key, int | np.integer):
+        raise UpdateError(f"key={key}: give a random key, key=jax.random.key({key})")
 
 
 def abstract_state(options: Options, params: PyTree, *, model_state: Any, key: Any, configuration: str) -> TrainState:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from functrain.errors import CheckpointError
-from functrain.loop.checkpoint.asked import Asked, differences, places
+from functrain.loop.checkpoint.asked import Asked, differences, of_leaves, places
 from functrain.loop.checkpoint.contents import decoded
 from functrain.loop.checkpoint.leaves import COUNTERS, FIELDS, WINDOW, window_of
 from functrain.loop.checkpoint.regroup import regrouped
@@ -47,9 +47,17 @@ def read(storage: Storage, checkpoint: Path, asked: Asked, *, regroup: bool) -> 
     contents = storage.contents(checkpoint)
     differs = differences(contents, asked)
     if differs and not regroup:
+        of_state = [
+            line for line in of_leaves(contents.leaves, asked.specs) if not line.startswith(("opt_state/", "ema/"))
+        ]
         raise CheckpointError(
             f"the checkpoint {checkpoint} does not fit the state that is asked for:{listed_lines(differs)}\nrestore it"
-            " with the update that it was saved from, or, if only parts, optimizers or ema= are others, regroup=True"
+            + (
+                " with the model and the update that it was saved from; regroup=True, which is for other parts and"
+                " optimizers, can't mend that"
+                if of_state
+                else " with the update that it was saved from, or, as only parts, optimizers or ema= are others, regroup=True"
+            )
         )
     leaves, report = storage.leaves(checkpoint, contents, places(contents, asked)), None
     window = window_of(contents.window, leaves)
