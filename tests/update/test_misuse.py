@@ -52,7 +52,7 @@ def test_a_part_that_is_misspelt_gets_the_right_name():
         parts().merge({"haed": {}}, into=PARAMS)
     opt_state = optim().init(PARAMS)
     with pytest.raises(ft.OptimizerError, match=says("unknown part 'bdy'", "did you mean 'body'?")):
-        optim().step(PARAMS, opt_state, parts().split(PARAMS), lr={"bdy": 0.1})
+        optim().step(PARAMS, parts().split(PARAMS), opt_state, lr={"bdy": 0.1})
 
 
 @pytest.mark.parametrize(("selector", "meant"), [("body.w", "'body/w'"), (".body.w", "'body/w'"), ("w", "'**/w'")])

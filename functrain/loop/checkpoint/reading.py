@@ -50,14 +50,15 @@ def read(storage: Storage, checkpoint: Path, asked: Asked, *, regroup: bool) -> 
         of_state = [
             line for line in of_leaves(contents.leaves, asked.specs) if not line.startswith(("opt_state/", "ema/"))
         ]
+        how = (
+            "with the model and the update that it was saved from; regroup=True, which is for other parts and optimizers,"
+            " can't mend that"
+            if of_state
+            else "with the update that it was saved from, or, as only parts, optimizers or ema= are others, regroup=True"
+        )
         raise CheckpointError(
             f"the checkpoint {checkpoint} does not fit the state that is asked for:{listed_lines(differs)}\nrestore it"
-            + (
-                " with the model and the update that it was saved from; regroup=True, which is for other parts and"
-                " optimizers, can't mend that"
-                if of_state
-                else " with the update that it was saved from, or, as only parts, optimizers or ema= are others, regroup=True"
-            )
+            f" {how}"
         )
     leaves, report = storage.leaves(checkpoint, contents, places(contents, asked)), None
     window = window_of(contents.window, leaves)
