@@ -10,7 +10,7 @@ from jax.tree_util import DictKey
 from functrain.errors import OptimizerError
 from functrain.optim.state_form import StateForm
 from functrain.tree.arrays import as_array, replicated_like
-from functrain.tree.paths import structure_difference
+from functrain.tree.paths import flatten, structure_difference
 
 
 def in_one_dtype(
@@ -65,7 +65,20 @@ def like_before(new: Any, old: Any, form: StateForm, what: str) -> Any:
             f"{what} is not of the structure of the one before: it {structure_difference(new, form.to_own(old))}; if"
             " the state was restored, restore it like optim.init(params)"
         )
-    return jax.tree.map(lambda after, before: as_array(after, jnp.result_type(before)), form.to_cross(new), old)
+    crossing = form.to_cross(new)
+    dtypes = [[jnp.result_type(leaf) for leaf in jax.tree.leaves(state)] for state in (crossing, old)]
+    for number, (after, before) in enumerate(zip(*dtypes, strict=True)):
+        if _kind(after) > _kind(before):
+            raise OptimizerError(
+                f"{what} holds {list(flatten(crossing))[number]!r} as {after}, where {before} was before: make it of"
+                f" that dtype in the transform's init, such as jnp.zeros((), jnp.{after})"
+            )
+    return jax.tree.map(lambda after, before: as_array(after, jnp.result_type(before)), crossing, old)
+
+
+def _kind(dtype: Any) -> int:
+    """Of two kinds of dtypes the one of the larger number can't be cast to the other without loss of its kind."""
+    return 2 if jnp.issubdtype(dtype, jnp.complexfloating) else int(jnp.issubdtype(dtype, jnp.inexact))
 
 
 def in_place_of(old: Any, new: Any, what: str) -> Any:

@@ -227,6 +227,16 @@ def test_a_transform_that_returns_a_state_of_another_structure_is_an_error():
         optim.step(params(), grads, opt_state)
 
 
+def test_a_state_that_starts_with_an_integer_and_goes_on_with_a_fraction_is_an_error():
+    tx = optax.GradientTransformation(
+        lambda params: {"scale": jnp.zeros((), jnp.int32)}, lambda updates, state, params: (updates, {"scale": 0.5})
+    )
+    optim, opt_state, grads = small(head=tx)
+    message = says("part 'head'", "holds 'scale' as float32, where int32 was before", "jnp.zeros((), jnp.float32)")
+    with pytest.raises(ft.OptimizerError, match=message):
+        optim.step(params(), grads, opt_state)
+
+
 def test_every_error_is_a_value_error():
     assert issubclass(ft.OptimizerError, ValueError)
 
