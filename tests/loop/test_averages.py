@@ -81,7 +81,7 @@ def misfit(tmp_path, saved_by, asked_by):
         with pytest.raises(ft.CheckpointError) as raised:
             checkpoints.restore(like=asked_by.abstract(start()))
     *lines, advice = str(raised.value).split(":\n", 1)[1].splitlines()
-    assert advice.endswith("if only parts, optimizers or ema= are others, regroup=True")
+    assert advice.endswith("as only parts, optimizers or ema= are others, regroup=True")
     return [line.strip() for line in lines]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from functrain.loop.checkpoint.contents import Contents
-from functrain.loop.checkpoint.leaves import WINDOW, leaf_spec, named_fields, named_leaves
+from functrain.loop.checkpoint.leaves import COUNTERS, WINDOW, leaf_spec, named_fields, named_leaves
 from functrain.tree.arrays import committed_sharding, replicated_over
 from functrain.update.state import TrainState
 
@@ -57,6 +57,8 @@ def differences(contents: Contents, asked: Asked) -> list[str]:
 
 def of_leaves(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """What differs between leaves of which shape and dtype are given by name, a line each."""
+    # Counters may have 32 or 64 bits: any of them is taken.
+    before, now = ({name: spec for name, spec in specs.items() if name not in COUNTERS} for specs in (before, now))
     lines = [
         f"{name}: saved as {before[name]}, now {now[name]}"
         for name in before

@@ -51,10 +51,11 @@ def read(storage: Storage, checkpoint: Path, asked: Asked, *, regroup: bool) -> 
             line for line in of_leaves(contents.leaves, asked.specs) if not line.startswith(("opt_state/", "ema/"))
         ]
         how = (
-            "with the model and the update that it was saved from; regroup=True, which is for other parts and optimizers,"
-            " can't mend that"
+            "with the model and the update that it was saved from; regroup=True, for other parts and optimizers, can't"
+            " mend that"
             if of_state
-            else "with the update that it was saved from, or, as only parts, optimizers or ema= are others, regroup=True"
+            else "with the update that it was saved from, or, as only parts, optimizers or ema= are others,"
+            " regroup=True"
         )
         raise CheckpointError(
             f"the checkpoint {checkpoint} does not fit the state that is asked for:{listed_lines(differs)}\nrestore it"
