@@ -52,7 +52,7 @@ def flow(jaxpr: Jaxpr, inputs: Sequence[Marks]) -> list[Marks]:
 def _through(eqn: Any, given: list[Marks]) -> list[Marks]:
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        fixed, carries = _of_scan(params)
+        fixed, carries = of_scan(params)
         carried, outputs = _looped(params["jaxpr"].jaxpr, given[:fixed], given[fixed:], carries)
         return outputs if params["length"] else [*carried, *outputs[len(carried) :]]
     if name == "while":
@@ -72,7 +72,7 @@ def _through(eqn: Any, given: list[Marks]) -> list[Marks]:
     return [_computed(name, given)] * len(eqn.outvars)
 
 
-def _of_scan(params: Any) -> tuple[int, int]:
+def of_scan(params: Any) -> tuple[int, int]:
     """How many inputs of a scan are fixed, and how many it carries."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]

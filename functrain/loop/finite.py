@@ -1,7 +1,8 @@
 """NaN and infinity end a run, before they are saved as good, or returned."""
 
+import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,11 @@ from functrain.tree.paths import flatten
 from functrain.tree.text import listed
 from functrain.update.state import TrainState
 from functrain.update.update import Update
+
+LastSound: TypeAlias = Callable[[], str | None] | None
+"""Says which checkpoint is the newest, None if there is none yet; None for a run without checkpoints."""
+
+_ADVICE = "give checkpoints=ft.Checkpoints(...), and the error says which batch and which operation it was"
 
 
 class NotFinite(NamedTuple):
@@ -68,10 +74,16 @@ class Watch:
       update: of the run.
       state: what it is begun with. A leaf of the model state that is not finite here, a mask or the least value so far,
         is its user's, and is left out.
+
+    Attributes:
+      raised: the error that it ended the run with.
     """
 
     def __init__(self, update: Update, state: TrainState) -> None:
         self._update = update
+        self.raised: NonFiniteError | None = None
+        self._sound: Callable[[], TrainState | None] = lambda: None  # A state keeps its arrays: it is not kept.
+        self._sound_step: int | None = None
         self._told: set[str] = set()
         self._at_first: tuple[list[str], Any] | None = None
         self.begin(state)
@@ -84,27 +96,23 @@ class Watch:
             # Not fetched before something is wrong: nothing waits for the device.
             self._at_first = [*leaves], _are_finite([*leaves.values()])
 
-    def check_logged(self, state: TrainState, row: Mapping[str, Any], last_sound: Callable[[], str]) -> None:
-        """Raises for a loss that is not finite, unless such updates are left out.
+    def check_logged(self, state: TrainState, row: Mapping[str, Any], last_sound: LastSound) -> None:
+        """Raises for a state that is not finite, and for a loss, unless such updates are left out.
 
         Raises:
-          NonFiniteError: names the losses, what of the state is not finite either, and the last sound checkpoint.
+          NonFiniteError: names the losses, what of the state is not finite, and the last sound checkpoint.
         """
-        losses = [name for name, value in row.items() if "loss" in name.split("/") and not np.isfinite(value)]
-        if losses and not self._update.options.skips:
-            found = self._found(state)
-            state_too = f", nor are {found}" if any(found) else ""
-            raise self._error(state, f"{listed(losses)} is not finite{state_too}", last_sound)
+        self._check(state, row, last_sound)
 
-    def check(self, state: TrainState, last_sound: Callable[[], str]) -> None:
-        """Raises for a state that must not be saved or returned.
+    def check(self, state: TrainState, metrics: Mapping[str, Any], last_sound: LastSound) -> None:
+        """Raises for a state that must not be saved or returned; the metrics are those of the update before.
 
         Raises:
-          NonFiniteError: a trained parameter, a gradient of a pending window, or a leaf of the model state is not
-            finite.
+          NonFiniteError: a loss, a trained parameter, a gradient of a pending window, or a leaf of the model state is
+            not finite.
         """
-        if any(found := self._found(state)):
-            raise self._error(state, f"{found} are not finite", last_sound)
+        if self._sound() is not state:
+            self._check(state, losses_of(metrics), last_sound)
 
     def tell_results(self, step: int, results: Mapping[str, Any]) -> None:
         """Warns of results of an evaluation that are not finite, once of each name."""
@@ -117,21 +125,55 @@ class Watch:
                 " see which examples give it, jax.config.update('jax_debug_nans', True) says in which operation"
             )
 
-    def _found(self, state: TrainState) -> NotFinite:
+    def found(self, state: TrainState) -> NotFinite:
+        """What of a state is not finite, but for what its user began with so."""
         found = not_finite(self._update, state)
-        if found.model_state and self._at_first is not None:
-            users = {*_bad(*self._at_first)}
-            found.model_state[:] = [path for path in found.model_state if path not in users]
+        if found.model_state:
+            found.model_state[:] = [path for path in found.model_state if path not in self.users()]
         return found
 
-    def _error(self, state: TrainState, what: str, last_sound: Callable[[], str]) -> NonFiniteError:
+    def users(self) -> list[str]:
+        """The paths of the model state that were not finite when the run began."""
+        return _bad(*self._at_first) if self._at_first is not None else []
+
+    def _check(self, state: TrainState, numbers: Mapping[str, Any], last_sound: LastSound) -> None:
+        names = [name for name, value in numbers.items() if is_loss(name) and not np.all(np.isfinite(value))]
+        losses, found = [] if self._update.options.skips else names, self.found(state)
+        if not losses and not any(found):
+            self._sound, self._sound_step = weakref.ref(state), int(state.step)
+            return
+        what = f"{listed(losses)} is not finite{f', nor are {found}' if any(found) else ''}"
+        self.raised = self._error(state, what if losses else f"{found} are not finite", last_sound)
+        raise self.raised
+
+    def _error(self, state: TrainState, what: str, last_sound: LastSound) -> NonFiniteError:
         way = 'leave such updates out: make_update(..., nonfinite="skip")'
         if self._update.options.skips:
             way = 'keep it finite where it is made: nonfinite="skip" looks at gradients alone'
-        return NonFiniteError(
-            f"step {int(state.step)}: {what}; the last sound checkpoint is {last_sound()}; restore it and lower the"
-            f" rate, or {way}"
-        )
+        checkpoint = None if last_sound is None else last_sound()
+        if checkpoint is not None:
+            said = [f"the last sound checkpoint is {checkpoint}", f"restore it and lower the rate, or {way}"]
+        else:
+            known = self._sound_step is not None
+            said = [f"all was finite at step {self._sound_step}, the last that was looked at"] if known else []
+            said += [_ADVICE] if last_sound is None else []
+            said += [f"lower the rate, or {way}"]
+        return NonFiniteError("; ".join([f"step {int(state.step)}: {what}", *said]))
+
+
+def is_loss(name: str) -> bool:
+    """Whether a metric is a loss, by its name.
+
+    >>> is_loss("train/critic/loss"), is_loss("train/accuracy")
+    (True, False)
+    """
+    return "loss" in name.split("/")
+
+
+def losses_of(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The losses in the metrics of an update, fetched, as a row of the log calls them."""
+    losses = {f"train/{name}": value for name, value in flatten(metrics).items() if is_loss(name)}
+    return dict(jax.device_get(losses))
 
 
 def _of_model_state(state: TrainState) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from functrain.errors import FitError
+from functrain.loop.autopsy import autopsy_of
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.evaluation import Evaluation
@@ -68,6 +69,7 @@ def fit(
     load_best_on_end: bool | str = False,
     regroup: bool = False,
     fresh: bool = False,
+    autopsy: bool = True,
 ) -> Result:
     """Trains; the same call starts a run and goes on with it.
 
@@ -107,6 +109,8 @@ def fit(
       regroup: take a checkpoint of other parts or optimizers, and print what became of their state; see
         `Checkpoints.restore`.
       fresh: start a new run where there are checkpoints; they and their log are moved to a folder beside, and kept.
+      autopsy: a run with checkpoints that ends for NaN is replayed from the last one, to say which batch and which
+        operation it was; False leaves that out.
 
     Returns:
       A `Result`.
@@ -116,8 +120,8 @@ def fit(
       CheckpointError: the checkpoints are of another update, none of them is sound, one can't be read, or another
         process writes to them.
       SaveError: the last save of the run failed.
-      NonFiniteError: a loss that was logged, or a parameter or model state that was to be evaluated, saved or returned,
-        is NaN or infinite.
+      NonFiniteError: a loss, a parameter or model state is NaN or infinite, at a log, an evaluation, an epoch's end, a
+        save, or the end of the run.
       SystemExit: 143 or 130 after SIGTERM or SIGINT: the update was finished and saved, data was not waited for.
     """
     check_given(locals())
@@ -142,7 +146,7 @@ def fit(
             stack.push(checkpoints.__exit__)
         _begin(run, plan, regroup=regroup, fresh=fresh)
         bar = progress_shown(run, epochs=epochs, steps=steps, data=data, wanted=progress)
-        _go_through(run, plan, signals, stack.enter_context(bar))
+        _go_through(run, plan, signals, stack.enter_context(bar), regroup=regroup, autopsy=autopsy)
         if checkpoints:
             checkpoints.wait()
         if signals.received is not None:
@@ -171,14 +175,18 @@ def _start_anew(checkpoints: Checkpoints | None) -> None:
         print(f"a new run begins; what was in {checkpoints.directory} is kept in {aside}")
 
 
-def _go_through(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) -> None:
-    """Trains, and tells the hooks how it begins and ends."""
+def _go_through(
+    run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None], *, regroup: bool, autopsy: bool
+) -> None:
+    """Trains, and tells the hooks how it begins and ends; what there is to say about NaN is said in its error."""
     error: BaseException | None = None
     try:
         plan.hooks.tell("run_started", run)
         train(run, plan, signals, show)
     except BaseException as raised:
         error = raised
+        if autopsy and plan.saver and raised is run.watch.raised:
+            raised.args = (f"{raised}\n{autopsy_of(run, plan, signals, regroup=regroup)}",)
         raise
     finally:
         plan.hooks.tell("run_ended", run, error)

@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from functrain.loop.batches import are_alike
@@ -40,6 +40,7 @@ class Reader:
         self._workers = Workers()
         self._is_resumable = False
         self._is_cut_off = False
+        self._began_again = self._passes_over = False
         self._position: Any = None  # After the last batch given out, where batches were read ahead of it, or may be.
         self._ahead: collections.deque[tuple[Any, Any]] = collections.deque()  # With the position after each.
 
@@ -53,18 +54,33 @@ class Reader:
         """Takes a saved position, within an epoch of which so many batches were given out."""
         self._position, self.read = position, read
 
+    def again(self, position: Any, read: int) -> "Reader | None":
+        """A reader of the same data from a position that this one was at; None where the data can't go back there."""
+        is_sequence, is_spent = isinstance(self._data, Sequence), isinstance(self._data, Iterator)
+        if not (self._is_resumable or is_sequence) or (is_spent and position is None):
+            return None
+        if read and not self._is_resumable and self._began_again:
+            return None  # Nobody knows whether it was read before the epoch began again, or after.
+        other = Reader(self._data)
+        other.resume(position, read)
+        other._passes_over = not self._is_resumable
+        return other
+
     def begin(self, epoch: int, wait: Callable[..., Any] = _at_once) -> None:
         """Begins an epoch, or goes on within it from a position that was resumed; not where `wait` gives up."""
         batches = wait(self._begun, epoch)
         if batches is None:
             return
         self._is_resumable = _can_be_resumed(batches)
-        if self.read and not (self._is_resumable and self._position is not None):
+        is_known = self._is_resumable and self._position is not None
+        if self.read and not is_known and self._passes_over:
+            collections.deque(itertools.islice(batches, self.read), maxlen=0)
+        elif self.read and not is_known:
             warn(
                 f"the data can't be resumed: epoch {epoch} starts again at its beginning, after {self.read} batches"
                 " of it; give data whose iterator has get_state and set_state, such as ft.from_arrays or Grain's"
             )
-            self.read = 0
+            self.read, self._began_again = 0, True
         self._batches, self._position = batches, None
 
     def next_chunk(self, count: int = 1, wait: Callable[..., Any] = _at_once) -> list[Any] | None:

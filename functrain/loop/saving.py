@@ -40,7 +40,7 @@ class Saver:
         """
         if self._saved == _counters(run):
             return
-        run.watch.check(run.state, self.last_sound)
+        run.watch.check(run.state, run.metrics, self.last_sound)
         extra = {
             "epoch": run.epoch,
             "read": run.reader.read,
@@ -86,11 +86,11 @@ class Saver:
         self._saved = _counters(run)
         return restored
 
-    def last_sound(self) -> str:
-        """The newest checkpoint, for a message."""
+    def last_sound(self) -> str | None:
+        """The newest checkpoint, for a message; None if there is none."""
         with contextlib.suppress(SaveError):
             self.checkpoints.wait()
-        return str(next(reversed(self.checkpoints.steps()), "none"))
+        return next(map(str, reversed(self.checkpoints.steps())), None)
 
 
 def scalars(results: Mapping[str, Any]) -> dict[str, Any]:

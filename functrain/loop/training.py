@@ -77,12 +77,12 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
 
     Raises:
       FitError: the data gives no batch, or a result that is asked for is not there.
-      NonFiniteError: a loss that was logged, or what of the state was to be evaluated, saved or returned, is NaN or
-        infinite.
+      NonFiniteError: a loss, or what of the state was logged, to be evaluated, saved or returned, or at an epoch's end,
+        is NaN or infinite.
     """
     run.watch.begin(run.state)
     saver = plan.saver
-    last_sound = saver.last_sound if saver else lambda: "none"
+    last_sound = saver.last_sound if saver else None
     for _ in _advances(run, plan, signals):
         if run.step != run.done_until.step:
             plan.hooks.tell("update_ended", run)
@@ -96,8 +96,9 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
             row = plan.rows.training(run, now)
             run.watch.check_logged(run.state, row, last_sound)
             plan.rows.add(run, row)
+        if evaluations or now.epoch > before.epoch:
+            run.watch.check(run.state, run.metrics, last_sound)
         if evaluations:
-            run.watch.check(run.state, last_sound)
             _evaluate(run, plan, evaluations)
         if ends_epoch:
             plan.hooks.tell("epoch_ended", run)
@@ -105,7 +106,7 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
             plan.rows.flush()
             saver.save(run)
         show()
-    run.watch.check(run.state, last_sound)
+    run.watch.check(run.state, run.metrics, last_sound)
     if saver:
         plan.rows.flush()
         saver.save(run)

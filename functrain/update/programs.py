@@ -58,9 +58,7 @@ class Program:
         _, leaves = pack(state)
         consumed = leaves if len(self._consumes) == len(leaves) else [leaves[i] for i in self._consumes]
         consumed_window, read_window = (state.window, None) if self._consumes_window else (None, state.window)
-        # In 32 bits, as programs count: a step stops at the last one, the numbers of batches begin anew.
-        step = np.array(min(int(state.step), _LAST), np.int32)
-        batches = np.array(int(state.batches), np.int64).astype(np.int32)
+        step, batches = counted(state)
         read = ([leaves[i] for i in self._reads], read_window, state.key, step, batches)
         return (consumed, consumed_window), read
 
@@ -96,7 +94,7 @@ class Program:
         return unpack(TrainState, self.form, leaves, **others), metrics
 
     def _jitted(self, steps: Sequence[Step], call: Call) -> Any:
-        body = _body(steps, call)
+        body = body_of(steps, call)
 
         def run(consumed: Any, read: Any, batch: Any, lr: Any) -> tuple[list[Any], Any, Metrics]:
             state, metrics = body(self.join(consumed, read), batch, lr)
@@ -177,7 +175,13 @@ def _read(changed: Sequence[int], form: Form) -> list[int]:
     return sorted({*jax.tree.leaves(numbers)} - {*changed})
 
 
-def _body(steps: Sequence[Step], call: Call) -> Body:
+def counted(state: TrainState) -> tuple[np.ndarray, np.ndarray]:
+    """`step` and `batches` in 32 bits, as programs count: a step stops at the last one, batches begin anew."""
+    step = np.array(min(int(state.step), _LAST), np.int32)
+    return step, np.array(int(state.batches), np.int64).astype(np.int32)
+
+
+def body_of(steps: Sequence[Step], call: Call) -> Body:
     """What a call computes, as a pure function."""
     turn, measured = call.turns[0], call.measured
     if call.kind == "scan":

@@ -50,6 +50,8 @@ class Step:
       after: what is done after each optimizer step, in order.
       options: what all steps of the update share.
       see: called with the `Loss` of each batch when it is traced; a pure function is not told here.
+      tell: called, when it is traced, with the metrics and gradients of each batch, before they are summed or stepped
+        with.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Step:
     after: tuple[After, ...]
     options: Options
     see: Callable[[Loss], None] = lambda loss: None
+    tell: Callable[[Metrics, Any], None] = lambda metrics, grads: None
 
     def whole(
         self, state: TrainState, batch: Any, lr: Any, *, measured: bool, repeat: int = 0
@@ -117,7 +120,10 @@ class Step:
                 new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, model_state)
             return grads, _metrics(loss, total), loss.weight, new
 
-        return self._of_slices(gradients, batch, key, state.model_state)
+        found = self._of_slices(gradients, batch, key, state.model_state)
+        grads, metrics, *_ = found
+        self.tell(metrics, grads)
+        return found
 
     def _value(self, state: TrainState, batch: Any, repeat: int, part: str, params: PyTree) -> Any:
         """What a part learns from, of a batch, at other params: what `_gradients` took the gradient of."""

@@ -174,7 +174,7 @@ class Update:
 
     def lower(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> Any:
         """The program that a call with these arguments would run, as `jax.jit(...).lower` gives it; nothing is run."""
-        program = self._programs.program(self._call_of(state), state)
+        program = self._programs.program(self.call_of(state), state)
         return program.jitted.lower(*program.split(state), batch, lr)
 
     def flush(self, state: TrainState) -> tuple[TrainState, Metrics]:
@@ -241,7 +241,8 @@ class Update:
         turns = len(self.schedule.cycle)
         return f"accumulate={self.accumulate}" + (f", and {turns} turns in a cycle" if self.schedule.alternates else "")
 
-    def _call_of(self, state: TrainState) -> Call:
+    def call_of(self, state: TrainState) -> Call:
+        """What kind of call comes next."""
         check_state(state)
         check_position(state, self.accumulate)
         position, length = int(state.pending), self.accumulate
@@ -250,7 +251,7 @@ class Update:
 
     def _take(self, state: TrainState, batch: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
         """Takes in one batch."""
-        call = self._call_of(state)
+        call = self.call_of(state)
         check_rates(lr, self.optim.trained)
         if call.only_adds:
             return self._programs.run(call, state, batch, None, batches=1, steps=0)

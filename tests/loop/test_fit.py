@@ -230,7 +230,7 @@ def test_a_loss_that_is_nan_ends_the_run_and_is_told_with_parts_step_and_checkpo
 def test_parameters_that_are_nan_are_not_saved(tmp_path):
     update = update_of(breaking, body=ft.FROZEN)
     checkpoints = ft.Checkpoints(tmp_path, every=ft.Every(updates=5))
-    problem = "step 5: the parameters of part 'head' are not finite; the last sound"
+    problem = "step 5: 'train/loss' is not finite, nor are the parameters of part 'head'; lower the rate"
     with pytest.raises(NonFiniteError, match=re.escape(problem)):
         ft.fit(update, update.init(start()), bad_data(), epochs=1, checkpoints=checkpoints)
     assert checkpoints.steps() == []

@@ -290,11 +290,12 @@ def test_a_loss_that_is_nan_ends_a_run_that_has_saved_nothing_of_it(run, tmp_pat
     for _ in range(2):
         _, errors, code = run(tmp_path, "nan")
         assert code == 1
-        assert errors.splitlines()[-1] == (
+        assert (
             "functrain.errors.NonFiniteError: step 5: 'train/loss' is not finite, nor are the parameters of part"
             f" 'body', 'head'; the last sound checkpoint is {tmp_path / '4'}; restore it and lower the rate, or leave"
-            ' such updates out: make_update(..., nonfinite="skip")'
-        )
+            ' such updates out: make_update(..., nonfinite="skip")\nthe autopsy:\n  update 5, with batch 0 of epoch 1,'
+        ) in errors
+        assert 'factor = jnp.where(jnp.sum(model_state["seen"]) >= 7 * BATCH, jnp.nan, 1.0)' in errors.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["3", "4"]
     state = restored(tmp_path, resume_run.nan_loss_fn, accumulate=2).state
     assert int(state.step) == 4
@@ -304,5 +305,6 @@ def test_a_loss_that_is_nan_ends_a_run_that_has_saved_nothing_of_it(run, tmp_pat
 def test_a_window_with_nan_in_it_is_not_saved(run, tmp_path):
     _, errors, code = run(tmp_path, "nan", number=signal.SIGTERM, at=READING, nth=9)
     assert code == 1
-    assert "step 4: the pending gradients of part 'body', 'head' are not finite" in errors
+    assert "step 4: 'train/loss' is not finite, nor are the pending gradients of part 'body', 'head'" in errors
+    assert errors.endswith("the autopsy:\n  SIGTERM ended it: start the run again to have one\n")
     assert not [*tmp_path.glob("4+1*")]
