@@ -151,8 +151,7 @@ def fit(
             checkpoints.wait()
         if signals.received is not None:
             raise SystemExit(signals.exit_code)
-        if plan.best_at_end and checkpoints:
-            _take_best(run, checkpoints, plan.best_at_end, regroup=regroup)
+        _take_best(run, plan, regroup=regroup)
     return _result(run)
 
 
@@ -192,9 +191,12 @@ def _go_through(
         plan.hooks.tell("run_ended", run, error)
 
 
-def _take_best(run: Run, checkpoints: Checkpoints, result: str, *, regroup: bool) -> None:
-    """Gives the run the state of the best checkpoint, if there is one."""
-    if (best := checkpoints.best(result)) is not None:
+def _take_best(run: Run, plan: Plan, *, regroup: bool) -> None:
+    """Gives the run the state of the best checkpoint, if it is asked for and there is one."""
+    if plan.best_at_end is None or plan.saver is None:
+        return
+    checkpoints = plan.saver.checkpoints
+    if (best := checkpoints.best(plan.best_at_end)) is not None:
         restored = checkpoints.restore(like=run.state, step=best, regroup=regroup)
         assert restored is not None
         _tell_regrouped(restored)
