@@ -7,10 +7,11 @@ from functrain.gradients.objective import make_objective
 from functrain.gradients.routes import Route, Weight
 from functrain.gradients.train_step import make_gradient
 from functrain.optim.optimizer import Optimizer
+from functrain.tree.selectors import Selector
 from functrain.update.ema import averages_of
 from functrain.update.options import Options
 from functrain.update.phases import Alternation, scheduled
-from functrain.update.precision import DynamicScale, caster
+from functrain.update.precision import DynamicScale, caster, narrow_dtype, on_narrow_batches
 from functrain.update.step import After, Step
 from functrain.update.target import bound
 from functrain.update.update import Update
@@ -26,6 +27,7 @@ def make_update(
     nonfinite: Literal["ignore", "skip"] = "ignore",
     after: After | None = None,
     compute_dtype: Any = None,
+    cast_batch: "bool | Selector" = True,
     loss_scale: DynamicScale | None = None,
     ema: float | Mapping[Any, float] | None = None,
     route: Route | None = None,
@@ -62,8 +64,11 @@ def make_update(
         had it.
       after: `fn(params, model_state, step) -> (params, model_state)`, compiled in after each optimizer step, which
         `step` counts from 1: projections, or a target network, `ft.ema("target", of="online", decay=0.995)`.
-      compute_dtype: the dtype of the params that the loss is given, or `{part: dtype}`; masters and gradients keep
-        theirs.
+      compute_dtype: the dtype of the floating-point params and batches that the loss is given, or `{part: dtype}` of
+        the params, of which batches take the one of 16 bits; masters and gradients keep theirs. It is warned of where
+        the losses have matrix products or convolutions, and none of 16 bits.
+      cast_batch: which leaves of the batch `compute_dtype` casts: True for all that are floating point but "weight",
+        False for none, or a selector, such as "image" where targets are floating point too.
       loss_scale: a `DynamicScale`, for float16; it implies `nonfinite="skip"`.
       ema: exponential moving averages of the parameters, kept in the state: a decay for all that is trained, or
         `{part or selector: decay}`. They are those of `optax.ema`, in float32 or wider, of the parameters after each
@@ -89,11 +94,13 @@ def make_update(
         nonfinite=nonfinite,
         loss_scale=loss_scale,
         averages=averages_of(optim, ema),
+        narrow=narrow_dtype(compute_dtype, cast_batch),
     )
     cast = caster(optim.parts, compute_dtype)
     schedule = scheduled(loss_fn, optim, accumulate, route=route, loss_weights=loss_weights)
     steps = []
     for index, phase in enumerate(schedule.phases):
+        loss = on_narrow_batches(phase.loss_fn, options.narrow, cast_batch)
         losses: Any = {"cast": cast, "route": phase.route, "loss_weights": phase.loss_weights}
         where = (f" of phase {phase.name!r}" if phase.name else "") if audit else None
         steps.append(
@@ -101,8 +108,8 @@ def make_update(
                 name=phase.name,
                 index=index,
                 parts=phase.trained,
-                gradient=make_gradient(phase.loss_fn, optim.parts, phase.trained, **losses, audit=where),
-                objective=make_objective(phase.loss_fn, phase.trained, **losses),
+                gradient=make_gradient(loss, optim.parts, phase.trained, **losses, audit=where),
+                objective=make_objective(loss, phase.trained, **losses),
                 after=tuple(bound(each, optim) for each in (phase.after, after) if each is not None),
                 options=options,
             )

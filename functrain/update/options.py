@@ -1,7 +1,7 @@
 """What all steps of an update share."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from functrain.errors import UpdateError
 from functrain.optim.optimizer import Optimizer
@@ -24,6 +24,7 @@ class Options:
     nonfinite: Literal["ignore", "skip"] = "ignore"
     loss_scale: DynamicScale | None = None
     averages: Averages | None = None
+    narrow: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.optim, Optimizer):

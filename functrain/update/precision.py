@@ -1,7 +1,9 @@
 """Computing in 16 bits while the parameters stay in 32: casts by part, and the scale of a float16 loss."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +11,11 @@ import jax.numpy as jnp
 
 from functrain.errors import UpdateError
 from functrain.tree.partition import Partition
-from functrain.tree.paths import PyTree
+from functrain.tree.paths import PyTree, flatten, unflatten
+from functrain.tree.selectors import Selector, matcher, unmatched
+from functrain.tree.text import listed
+
+_PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"}
 
 
 class LossScaleState(NamedTuple):
@@ -88,6 +94,84 @@ def caster(parts: Partition, compute_dtype: Any) -> Callable[[PyTree], PyTree]:
         return jax.tree.unflatten(parts.treedef, narrowed)
 
     return cast
+
+
+def narrow_dtype(compute_dtype: Any, cast_batch: "bool | Selector") -> Any:
+    """The dtype of less than 32 bits in a `compute_dtype` that was checked; None without one.
+
+    Raises:
+      UpdateError: there are several to cast a batch to.
+    """
+    given = compute_dtype.values() if isinstance(compute_dtype, Mapping) else [compute_dtype]
+    narrow = {jnp.dtype(dtype) for dtype in given if dtype is not None and jnp.dtype(dtype).itemsize < 4}
+    names = sorted(map(str, narrow))
+    if len(names) > 1 and cast_batch is not False:
+        raise UpdateError(
+            f"compute_dtype has {listed(names)}, and a batch can be cast to one alone: give one dtype of 16 bits, or"
+            " cast_batch=False"
+        )
+    return jnp.dtype(names[0]) if names else None
+
+
+def on_narrow_batches(loss_fn: Callable[..., Any], dtype: Any, cast_batch: "bool | Selector") -> Callable[..., Any]:
+    """The loss function, given the floating-point leaves of its batches in a dtype.
+
+    >>> loss_fn = on_narrow_batches(lambda params, batch: [str(leaf.dtype) for leaf in batch], jnp.bfloat16, True)
+    >>> loss_fn(None, (jnp.ones(2), jnp.arange(2)))
+    ['bfloat16', 'int32']
+
+    Args:
+      loss_fn: as for `make_train_step`.
+      dtype: the dtype; None leaves the loss function as it is.
+      cast_batch: which leaves: True for all but the "weight" of padded batches, False for none, or a selector.
+    """
+    if dtype is None or cast_batch is False:
+        return loss_fn
+
+    @functools.wraps(loss_fn)
+    def on_narrow(params: PyTree, batch: Any, **context: Any) -> Any:
+        flat = flatten(batch)
+        if cast_batch is not True and (problem := unmatched(cast_batch, flat)):
+            raise UpdateError(f"cast_batch: {problem}; it says which leaves of a batch are cast to {dtype}")
+        takes = (lambda path, leaf: path != "weight") if cast_batch is True else matcher(cast_batch)
+        cast = {
+            path: jnp.asarray(leaf, dtype) if takes(path, leaf) and _is_real(leaf) else leaf
+            for path, leaf in flat.items()
+        }
+        return loss_fn(params, unflatten(cast, like=batch), **context)
+
+    return on_narrow
+
+
+def check_products(jaxpr: Any, dtype: Any, names: Sequence[str]) -> None:
+    """Warns if a traced program has matrix products or convolutions and none of them is narrower than 32 bits.
+
+    Args:
+      jaxpr: of losses, their gradients, and what else a step does.
+      dtype: what was to be computed with.
+      names: what the loss functions are called.
+    """
+    products = [equation for equation in _equations(jaxpr) if equation.primitive.name in _PRODUCTS]
+    operands = [[operand.aval for operand in product.invars[:2]] for product in products]
+    if not products or any(all(each.dtype.itemsize < 4 for each in pair) for pair in operands):
+        return
+    first = " and ".join(f"{each.dtype}{list(each.shape)}" for each in operands[0])
+    warnings.warn(
+        f"compute_dtype={dtype} does nothing for {listed(names)}: all {len(products)} matrix products and convolutions"
+        f" have an operand of 32 bits, as the first of {first}, which widens the other: let the batch be cast, not"
+        " cast_batch=False, and cast constants and model_state in the loss function; or leave compute_dtype out",
+        stacklevel=2,
+    )
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a traced program, those of its loops, branches and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        inner = jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns"))
+        for each in inner:
+            if hasattr(each, "eqns"):
+                yield from _equations(getattr(each, "jaxpr", each))
 
 
 def _is_real(leaf: Any) -> bool:

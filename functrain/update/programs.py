@@ -14,6 +14,7 @@ from functrain.tree.text import listed
 from functrain.update.checks import check_not_deleted
 from functrain.update.packed import Form, pack, packed_leaves, unpack
 from functrain.update.phases import Phase, Turn
+from functrain.update.precision import check_products
 from functrain.update.state import TrainState
 from functrain.update.step import Metrics, Step
 from functrain.update.turns import Body, make_cycles, make_turn, under_phases
@@ -93,6 +94,10 @@ class Program:
         others = {"key": state.key, "window": window, "configuration": state.configuration, **counters}
         return unpack(TrainState, self.form, leaves, **others), metrics
 
+    def traced(self, state: TrainState, batch: Any, lr: Any) -> Any:
+        """What `jax.jit(...).trace` gives; a call with such arguments does not trace again."""
+        return self.jitted.trace(*self.split(state), batch, lr)
+
     def _jitted(self, steps: Sequence[Step], call: Call) -> Any:
         body = body_of(steps, call)
 
@@ -120,26 +125,39 @@ class Programs:
         self._steps = [dataclasses.replace(step, see=functools.partial(self._see, step.index)) for step in steps]
         self.kept: dict[tuple[Call, Form], Program] = {}
         self._losses: dict[int, list[str]] = {}
+        self._checked: set[int] = set()
 
-    def program(self, call: Call, state: TrainState) -> Program:
-        """The program of a call with such a state."""
+    def program(self, call: Call, state: TrainState, batch: Any, lr: Any) -> Program:
+        """The program of a call with such arguments."""
         form, _ = pack(state)
         program = self.kept.get((call, form))
         if program is None:
-            program = self.kept[call, form] = Program(self._steps, call, form)
+            program = Program(self._steps, call, form)
+            self._check_precision(program, call, (state, batch, lr))
+            self.kept[call, form] = program
         return program
 
     def run(
         self, call: Call, state: TrainState, batch: Any, lr: Mapping[str, Any] | None, *, batches: int, steps: int
     ) -> tuple[TrainState, Metrics]:
         """Makes a call, which takes in a number of batches and makes a number of steps."""
-        return self.program(call, state)(
+        return self.program(call, state, batch, lr)(
             state,
             batch,
             lr,
             step=np.array(int(state.step) + steps, np.int64),
             batches=np.array(int(state.batches) + batches, np.int64),
             pending=np.array(int(state.pending) + 1 if call.only_adds else 0, np.int64),
+        )
+
+    def _check_precision(self, program: Program, call: Call, arguments: tuple[TrainState, Any, Any]) -> None:
+        """Warns, once, of phases that compute in 32 bits although they were to do so in 16."""
+        dtype, phases = self._steps[0].options.narrow, {index for turn in call.turns for index in turn}
+        if dtype is None or call.kind == "flush" or phases <= self._checked:
+            return
+        self._checked |= phases
+        check_products(
+            program.traced(*arguments).jaxpr, dtype, [name_of(self._phases[i].loss_fn) for i in sorted(phases)]
         )
 
     def _see(self, index: int, loss: Loss) -> None:

@@ -174,8 +174,8 @@ class Update:
 
     def lower(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> Any:
         """The program that a call with these arguments would run, as `jax.jit(...).lower` gives it; nothing is run."""
-        program = self._programs.program(self.call_of(state), state)
-        return program.jitted.lower(*program.split(state), batch, lr)
+        program = self._programs.program(self.call_of(state), state, batch, lr)
+        return program.traced(state, batch, lr).lower()
 
     def flush(self, state: TrainState) -> tuple[TrainState, Metrics]:
         """Ends a window that was cut short, as at the end of an epoch, in the way that `remainder` says.
