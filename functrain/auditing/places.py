@@ -52,11 +52,11 @@ class Level:
 
     @property
     def inside(self) -> tuple[Any, ...]:
-        """The frames within the function; none where it was traced elsewhere, as a jitted one is kept."""
+        """The frames within the function; of one of JAX that is traced once, not those of whoever called it first."""
         for i, frame in enumerate(self.frames):
             if frame.file_name == self.file and frame.function_start_line == self.begins:
                 return self.frames[: i + 1]
-        return ()
+        return self.frames if _is_not_of_jax(self.file) else ()
 
 
 def place_of(levels: tuple[Level, ...]) -> Place:

@@ -1,5 +1,6 @@
 """The autopsy: a run that ended for NaN is replayed from a checkpoint, to the operation of which it came."""
 
+import contextlib
 import linecache
 import os
 import sys
@@ -17,6 +18,7 @@ from functrain.loop.finite import is_loss
 from functrain.loop.run import Run
 from functrain.loop.signals import StopSignals
 from functrain.loop.training import Plan
+from functrain.tree.arrays import replicated_over
 from functrain.tree.paths import flatten
 from functrain.tree.text import listed
 from functrain.update.anatomy import Output, taken_apart
@@ -86,9 +88,13 @@ class _Replay:
             )
         state = self._restored().state
         for number, turn in enumerate(self._turns(restored)):
-            if number in suspects and (found := [*self._looked_into(state, turn, suspects[number])]):
-                yield from found
-                return
+            if number in suspects:
+                is_found = False
+                for line in self._looked_into(state, turn, suspects[number]):
+                    is_found = True
+                    yield line
+                if is_found:
+                    return
             state, _ = self._taken(state, turn)
 
     def _looked_into(self, state: TrainState, turn: _Turn, what: str) -> Iterator[str]:
@@ -97,10 +103,11 @@ class _Replay:
         Raises:
           _Ended: there is no more to find.
         """
-        anatomy = taken_apart(self._update, state, turn.batch, flushes=turn.number is None)
         bad: list[tuple[Output, Origin]] = []
         try:
-            walked = walk(anatomy.program, anatomy.values, anatomy.names)
+            anatomy = taken_apart(self._update, state, turn.batch, flushes=turn.number is None)
+            with _mesh_of(state):
+                walked = walk(anatomy.program, anatomy.values, anatomy.names)
             bad = self._bad(anatomy.outputs, walked)
         finally:
             if bad or what:
@@ -215,6 +222,12 @@ class _Replay:
         bad = [each for each in bad if each[0].kind != "model state" or each[0].name not in users]
         on_its_way = [each for each in bad if each[0].kind in ("loss", "gradient")]
         return [each for each in on_its_way if each[0].phase == on_its_way[0][0].phase] or bad
+
+
+def _mesh_of(state: TrainState) -> contextlib.AbstractContextManager[Any]:
+    """The mesh over which params lie, for operations that say where their result goes and have no operand there."""
+    replicated = replicated_over(state.params)
+    return jax.set_mesh(replicated.mesh) if replicated is not None else contextlib.nullcontext()
 
 
 def _in_words(bad: Sequence[tuple[Output, Origin]]) -> str:

@@ -147,8 +147,6 @@ def fit(
         _begin(run, plan, regroup=regroup, fresh=fresh)
         bar = progress_shown(run, epochs=epochs, steps=steps, data=data, wanted=progress)
         _go_through(run, plan, signals, stack.enter_context(bar), regroup=regroup, autopsy=autopsy)
-        if checkpoints:
-            checkpoints.wait()
         if signals.received is not None:
             raise SystemExit(signals.exit_code)
         _take_best(run, plan, regroup=regroup)
@@ -177,7 +175,7 @@ def _start_anew(checkpoints: Checkpoints | None) -> None:
 def _go_through(
     run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None], *, regroup: bool, autopsy: bool
 ) -> None:
-    """Trains, and tells the hooks how it begins and ends; what there is to say about NaN is said in its error."""
+    """Trains, saves, and tells the hooks how it begins and ends; the error of a NaN says what there is to say."""
     error: BaseException | None = None
     try:
         plan.hooks.tell("run_started", run)
@@ -189,6 +187,8 @@ def _go_through(
         raise
     finally:
         plan.hooks.tell("run_ended", run, error)
+    if plan.saver:
+        plan.saver.checkpoints.wait()
 
 
 def _take_best(run: Run, plan: Plan, *, regroup: bool) -> None:

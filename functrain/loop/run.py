@@ -83,6 +83,11 @@ class Run:
         }
         return {**(self._saved if self._has_phases or not last else {}), **last.get("", last)}
 
+    def all_metrics(self) -> dict[str, Any]:
+        """As `newest_metrics`, and of several updates in one those of all."""
+        newest: dict[str, Any] = {name: metrics for name, (metrics, _) in self._newest.items()}
+        return dict(newest.get("", newest))
+
     def end_epoch(self) -> None:
         """Flushes the window that is left, and counts the epoch."""
         self.reader.end_epoch()

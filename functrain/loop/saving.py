@@ -40,7 +40,7 @@ class Saver:
         """
         if self._saved == _counters(run):
             return
-        run.watch.check(run.state, run.metrics, self.last_sound)
+        run.watch.check(run.state, run.all_metrics(), self.last_sound)
         extra = {
             "epoch": run.epoch,
             "read": run.reader.read,

@@ -96,8 +96,8 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
             row = plan.rows.training(run, now)
             run.watch.check_logged(run.state, row, last_sound)
             plan.rows.add(run, row)
-        if evaluations or now.epoch > before.epoch:
-            run.watch.check(run.state, run.metrics, last_sound)
+        if evaluations or ends_epoch:
+            run.watch.check(run.state, run.all_metrics(), last_sound)
         if evaluations:
             _evaluate(run, plan, evaluations)
         if ends_epoch:
@@ -106,7 +106,7 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
             plan.rows.flush()
             saver.save(run)
         show()
-    run.watch.check(run.state, run.metrics, last_sound)
+    run.watch.check(run.state, run.all_metrics(), last_sound)
     if saver:
         plan.rows.flush()
         saver.save(run)

@@ -186,6 +186,29 @@ def test_it_is_found_in_several_updates_at_once_in_slices_and_in_a_list(options,
     assert at("log") in lines[3]
 
 
+def test_it_is_found_over_several_devices_in_a_scan_of_slices(tmp_path):
+    """In a layer that is computed again for its gradient; JAX computes what the turns share before the scan."""
+
+    def layer(h, w, rows):
+        return h * w, jnp.log(jnp.prod(rows, axis=1)).mean()  # layer
+
+    def loss_fn(params, batch):
+        remembered = jax.checkpoint(lambda h, w: layer(h, w, batch["x"]))
+        h, logs = jax.lax.scan(remembered, 1.0, params["body"]["w"])
+        return h + params["body"]["b"] + logs.sum() * params["body"]["w"].sum() + sound_loss(params, batch)
+
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    replicated, by_example = jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P("data"))
+    params = jax.device_put(START, replicated)
+    optim = ft.Optimizer(ft.partition(params, {"body": "body", "head": "head"}), dict.fromkeys(START, optax.adam(0.1)))
+    update = ft.make_update(loss_fn, optim, microbatches=2)
+    x = np.concatenate([X[:16], X[:16], X[:16], changed(0.0)[:16]])
+    data = ft.from_arrays({"x": x}, batch_size=16, shuffle=False)
+    lines = ended(update, update.init(params), data, tmp_path, sharding=by_example).splitlines()[2:]
+    assert lines[0].startswith("  update 4, with batch 3 of epoch 0 (counted from 0), is the first that is not finite")
+    assert lines[1].startswith(f"  it is made at {at('layer')}layer, in turn ")
+
+
 def test_a_window_that_an_epoch_cuts_short_is_named(tmp_path):
     """Its optimizer makes NaN of sound gradients, at the end of the second epoch."""
     late = optax.GradientTransformation(

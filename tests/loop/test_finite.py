@@ -114,6 +114,13 @@ def test_a_loss_that_is_not_finite_is_found_without_a_log_of_it(options, step, t
         ft.fit(update, update.init(start()), data(BATCHES - 1), epochs=2, log=NEVER, **options)
 
 
+def test_a_loss_of_a_phase_before_the_last_one_is_found(tmp_path):
+    phases = ft.alternate(ft.Phase("one", infinite_loss, "body"), ft.Phase("other", loss_fn, "head"))
+    update, checkpoints = update_of(phases), ft.Checkpoints(tmp_path, every=ft.Every(updates=4))
+    with pytest.raises(NonFiniteError, match="step 4: 'train/one/loss' is not finite; "):
+        ft.fit(update, update.init(start()), data(2), epochs=1, log=NEVER, checkpoints=checkpoints, autopsy=False)
+
+
 def test_nan_is_found_at_the_end_of_its_epoch():
     update = update_of(nan_loss)
     with pytest.raises(
