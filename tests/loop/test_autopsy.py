@@ -300,3 +300,32 @@ def test_a_replay_that_fails_does_not_hide_what_ended_the_run(tmp_path):
     lines = lines_of(tmp_path, data=Gone(), epochs=1)
     assert "is not finite" in lines[0]
     assert lines[1:] == ["the autopsy:", "  it got no further: OSError: the disk is gone"]
+
+
+def test_what_was_found_until_it_failed_is_said(tmp_path):
+    """The loss reads a file whenever it is traced, which is gone by the time that the update is looked into."""
+    file = tmp_path / "weight"
+    file.write_text("1.0")
+
+    class Removing:
+        def __init__(self):
+            self.reads = 0
+
+        def epoch(self, number):
+            self.reads += 1
+            if self.reads > 2:
+                file.unlink()
+            return data_of(changed(0.0)).epoch(number)
+
+    def loss_fn(params, batch):
+        return sound_or(log_of_zero)(params, batch) * float(file.read_text())
+
+    parts = ft.partition(START, {"body": "body", "head": "head"})
+    update = ft.make_update(loss_fn, ft.Optimizer(parts, dict.fromkeys(START, optax.sgd(0.1))))
+    options = {"epochs": 1, "log": ft.Every(updates=1)}
+    lines = ended(update, update.init(START), Removing(), tmp_path / "run", **options).splitlines()
+    number = next(i for i, batch in enumerate(data_of(changed(0.0)).epoch(0)) if (batch["x"] == 0).any())
+    assert lines[2].startswith(
+        f"  update {number + 1}, with batch {number} of epoch 0 (counted from 0), is the first that is not finite, in"
+    )
+    assert lines[3].startswith("  it got no further: FileNotFoundError: ")
