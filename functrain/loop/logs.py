@@ -7,7 +7,6 @@ import os
 import socket
 import struct
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +20,7 @@ from functrain.errors import LogError
 from functrain.loop.appending import Appending
 from functrain.loop.lines import NON_FINITE, SPELLED, lines_of
 from functrain.loop.names import named_values
+from functrain.loop.warn import warn
 
 _MOST_ELEMENTS = 16
 
@@ -130,7 +130,7 @@ class JsonLines(_Log):
         if lines.damaged:
             aside = path.with_name(f"{path.name}.damaged")
             _append(aside, b"".join(line + b"\n" for line in lines.damaged.values()))
-            warnings.warn(f"{lines.told(path)}; they are kept in {aside.name!r}", stacklevel=4)
+            warn(f"{lines.told(path)}; they are kept in {aside.name!r}")
         kept = b"".join(line + b"\n" for line, row in lines.rows if step is None or row["step"] <= step)
         if kept != written:
             temporary = path.with_name(f"{path.name}.tmp")
@@ -252,7 +252,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     lines = lines_of(Path(path), Path(path).read_bytes())
     if lines.damaged:
-        warnings.warn(lines.told(path), stacklevel=2)
+        warn(lines.told(path))
     return [
         {name: NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
         for _, row in lines.rows

@@ -1,6 +1,5 @@
 """The numbers of a run: where they go, and which were written before."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from functrain.loop.every import Moment
 from functrain.loop.logs import Logger, flattened, read_json_lines
 from functrain.loop.run import Run
 from functrain.loop.unfailing import Unfailing
+from functrain.loop.warn import warn
 
 
 class Rows:
@@ -83,5 +83,5 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        warnings.warn(f"{path} can't be read, and result.history lacks its rows: {error}", stacklevel=4)
+        warn(f"{path} can't be read, and result.history lacks its rows: {error}")
         return []

@@ -1,12 +1,12 @@
 """A logger that fails ends no run."""
 
 import collections
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from functrain.errors import LogError
 from functrain.loop.logs import Logger
+from functrain.loop.warn import warn
 
 
 class Unfailing:
@@ -44,10 +44,9 @@ class Unfailing:
         self._catch_up()
         self._tried(self._logger.close, "close", ())
         if steps := [arguments[0] for name, arguments in self._left if name == "log"]:
-            warnings.warn(
+            warn(
                 f"{self._logger!r} lacks {len(steps)} row{'s' * (len(steps) > 1)} that could not be written, of the"
-                f" steps {steps[0]} to {steps[-1]}: {_said(self._error)}; result.history has them",
-                stacklevel=3,
+                f" steps {steps[0]} to {steps[-1]}: {_said(self._error)}; result.history has them"
             )
         self._left.clear()
 
@@ -77,10 +76,9 @@ class Unfailing:
             if not self._is_told:
                 self._is_told = True
                 what = {"log": "write the row of step {}", "resume": "go on from step {}"}.get(name, name)
-                warnings.warn(
+                warn(
                     f"{self._logger!r} could not {what.format(*arguments)}: {_said(error)}; training goes on, and the"
-                    " rows are kept and written when it can be: make room, or mend the place",
-                    stacklevel=5,
+                    " rows are kept and written when it can be: make room, or mend the place"
                 )
             return False
         return True
