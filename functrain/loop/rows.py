@@ -30,6 +30,7 @@ class Rows:
         for logger in self._loggers:
             logger.resume(run.step if is_restored or run.step else -1)
         self._since = run.now
+        self._trained = -1 if is_restored and run.step else run.step
         if self._path is not None and is_restored:
             rows = [row for row in _read(self._path) if row["step"] <= run.step]
             run.history = [{name: value for name, value in row.items() if name != "time"} for row in rows]
