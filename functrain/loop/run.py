@@ -27,6 +27,7 @@ class Run:
       evaluated: the results of the evaluations that ended just now.
       history: the rows that were logged.
       stopped: why the run ended before its end; None while it goes on.
+      compiled: the kinds of calls whose programs were compiled: "batch", "scan".
       done_until: the moment up to which all that was due is done.
     """
 
@@ -39,6 +40,7 @@ class Run:
         self.evaluated: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.stopped: str | None = None
+        self.compiled: set[str] = set()
         self._are_stacked = False
         self._began = time.monotonic()
         self.done_until = self.now
