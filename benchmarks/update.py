@@ -4,10 +4,11 @@ python benchmarks/update.py [name ...]      # all tables, or those named
 """
 
 import argparse
+import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +31,8 @@ from steps import (
 )
 
 import functrain as ft
+from functrain.update.compiling import calls_of
+from functrain.update.programs import Call
 
 TINY, LARGE = "transformer, 126 tiny leaves", "transformer, 12M"
 
@@ -189,6 +192,30 @@ def compile_times() -> None:
         rows.append((f"{TINY}, {position} of a window", compiled))
         state, _ = update(state, model.batch)
     print_table("Trace and compile, as a ratio to the same written by hand", rows)
+    side_by_side()
+
+
+def side_by_side(rounds: int = 3) -> None:
+    """All programs of a run, compiled before it begins, against those of one kind alone."""
+    rows = [("programs", "side by side", "one after the other")]
+    for length in (1, 4):
+        model = MODELS[TINY]()
+        update, state = make(model, accumulate=length)
+        programs = [arguments[0] for arguments in calls_of(update._programs, (0,), state, model.batch, (True, False))]
+        ratios = []
+        for _ in range(rounds):
+            arguments = (update, state, model.batch)
+            alone = [timed(functools.partial(compiled, *arguments, [call])) for call in programs]
+            together = timed(functools.partial(compiled, *arguments, programs))
+            ratios.append((together / max(alone), sum(alone) / max(alone)))
+        medians = (f"{statistics.median(ratio):.2f}" for ratio in zip(*ratios, strict=True))
+        rows.append((", ".join(f"{call.kind}{' measured' * call.measured}" for call in programs), *medians))
+    print_table("Until all programs are there, as a ratio to the slowest of them alone", rows)
+
+
+def compiled(update: ft.Update, state: ft.TrainState, batch: Any, programs: Sequence[Call]) -> None:
+    found = calls_of(update._programs, (0,), state, batch, (True, False))
+    update._programs.compile([arguments for arguments in found if arguments[0] in programs])
 
 
 def compile_ratio(ours: Any, model: Model, by_hand: Any, arguments: Any, *, rounds: int = 7) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from functrain.errors import FitError
 from functrain.loop.autopsy import autopsy_of
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.reading import Restored
+from functrain.loop.compiling import keep_programs
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
 from functrain.loop.given import check_given
@@ -70,6 +72,7 @@ def fit(
     regroup: bool = False,
     fresh: bool = False,
     autopsy: bool = True,
+    compilation_cache: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Trains; the same call starts a run and goes on with it.
 
@@ -102,8 +105,7 @@ def fit(
         and at each epoch's end; False for neither.
       stop: when to stop early.
       hooks: more that is done in a run.
-      unroll: turns of the update (windows, and with phases whole cycles) in one dispatch, `update.scan`; logs then have
-        no norms by part.
+      unroll: turns of the update (windows, and with phases whole cycles) in one dispatch, `update.scan`.
       sharding: where batches go, those of evaluations too; by default as `jax.jit` has it.
       load_best_on_end: return the state of the best checkpoint, by its `keep_best`; of several, the name of one.
       regroup: take a checkpoint of other parts or optimizers, and print what became of their state; see
@@ -111,6 +113,8 @@ def fit(
       fresh: start a new run where there are checkpoints; they and their log are moved to a folder beside, and kept.
       autopsy: a run with checkpoints that ends for NaN is replayed from the last one, to say which batch and which
         operation it was; False leaves that out.
+      compilation_cache: a folder in which JAX keeps what it compiles, so that a run that is started again compiles
+        nothing. It is set for the process, as by `jax.config`, and stays so after the run.
 
     Returns:
       A `Result`.
@@ -138,7 +142,7 @@ def fit(
         saver=Saver(checkpoints, all_hooks) if checkpoints else None,
         load_best_on_end=load_best_on_end,
     )
-    run = Run(update, state, Reader(data), plan.rows.add)
+    run = _run(update, state, data, plan, compilation_cache)
     with StopSignals() as signals, contextlib.ExitStack() as stack:
         stack.callback(plan.rows.close)
         if checkpoints:
@@ -151,6 +155,11 @@ def fit(
             raise SystemExit(signals.exit_code)
         _take_best(run, plan, regroup=regroup)
     return _result(run)
+
+
+def _run(update: Update, state: TrainState, data: Iterable[Any], plan: Plan, compilation_cache: Any) -> Run:
+    keep_programs(compilation_cache)
+    return Run(update, state, Reader(data), plan.rows.add)
 
 
 def _begin(run: Run, plan: Plan, *, regroup: bool, fresh: bool) -> None:
@@ -226,6 +235,6 @@ def _evaluations(
 ) -> list[Evaluation]:
     """The evaluations, whose batches go where those of training go unless they say otherwise."""
     evaluations = [evaluation] if isinstance(evaluation, Evaluation) else list(evaluation)
-    if update.options.averages is None and any(each.params == "ema" for each in evaluations):
+    if any(each.params == "ema" for each in evaluations) and update.options.averages is None:
         raise FitError('Evaluation(..., params="ema") needs averages: make_update(..., ema={"body": 0.999})')
     return [dataclasses.replace(each, sharding=each.sharding or sharding) if sharding else each for each in evaluations]

@@ -45,6 +45,11 @@ class Reader:
         self._ahead: collections.deque[tuple[Any, Any]] = collections.deque()  # With the position after each.
 
     @property
+    def batches_an_epoch(self) -> int | None:
+        """How many batches an epoch has; None where the data does not tell."""
+        return len(self._data) if hasattr(self._data, "__len__") else None
+
+    @property
     def position(self) -> Any:
         """What to save, to go on behind the last batch that was given out; None between two epochs."""
         is_known = self._ahead or self._is_cut_off or self._batches is None

@@ -28,6 +28,7 @@ class Run:
       evaluated: the results of the evaluations that ended just now.
       history: the rows that were logged.
       stopped: why the run ended before its end; None while it goes on.
+      compiled: the kinds of calls whose programs were compiled: "batch", "scan".
       done_until: the moment up to which all that was due is done.
     """
 
@@ -42,6 +43,7 @@ class Run:
         self.evaluated: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.stopped: str | None = None
+        self.compiled: set[str] = set()
         self._has_phases = any(phase.name for phase in update.schedule.phases)
         self._newest: dict[str, tuple[Any, bool]] = {}  # By phase, and whether they are of several updates.
         self._saved: dict[str, float] = {}  # What a checkpoint has of phases that have not come since.

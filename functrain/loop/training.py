@@ -8,6 +8,7 @@ import jax
 
 from functrain.errors import FitError
 from functrain.loop.batches import put, put_stacked
+from functrain.loop.compiling import compile_for
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
 from functrain.loop.hooks import Hooks
@@ -15,6 +16,7 @@ from functrain.loop.rows import Rows
 from functrain.loop.run import Run
 from functrain.loop.saving import Saver, scalars
 from functrain.loop.signals import StopSignals
+from functrain.update.phases import Turn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,14 +160,23 @@ def _next_count(run: Run, plan: Plan) -> int:
 def _update(run: Run, plan: Plan, batches: Sequence[object]) -> bool:
     """One update, or one scan of many; says whether a step was made."""
     update, state = run.update, run.state
+    compile_first = functools.partial(compile_for, run, log=plan.log, epochs=plan.epochs, steps=plan.steps)
     if len(batches) > 1:
-        return run.take(*update.scan(state, put_stacked(batches, plan.sharding)), stacked=True)
+        stacked = put_stacked(batches, plan.sharding)
+        compile_first(scan=stacked)
+        turns = update.schedule.turns(run.step, len(batches) // update.accumulate)
+        is_measured = _will_log(run, plan, turns)
+        return run.take(*update.scan(state, stacked, measured=is_measured), stacked=True)
     batch = put(batches[0], plan.sharding)
+    compile_first(batch=batch)
     ends_window = int(state.pending) + 1 == update.accumulate
-    is_measured = ends_window and plan.log.due(
-        run.done_until, run.now._replace(step=run.step + len(update.schedule.turn(run.step)))
-    )
+    is_measured = ends_window and _will_log(run, plan, [update.schedule.turn(run.step)])
     return run.take(*(update.measured if is_measured else update)(state, batch))
+
+
+def _will_log(run: Run, plan: Plan, turns: Sequence[Turn]) -> bool:
+    """Whether it is time to log after these turns."""
+    return plan.log.due(run.done_until, run.now._replace(step=run.step + sum(map(len, turns))))
 
 
 def _evaluate(run: Run, plan: Plan, due: Sequence[Evaluation]) -> None:

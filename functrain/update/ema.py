@@ -1,6 +1,7 @@
 """Averages of the parameters over the optimizer steps, which are kept in the state beside them."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -77,6 +78,21 @@ class Averages:
                 unbiased |= optax.tree.bias_correction({path: mean[path] for path in paths}, decay, steps)
             found[part] = {path: jnp.where(steps > 0, unbiased[path], wide(params[path])) for path in mean}
         return found
+
+    def in_params(self, ema: Ema, params: PyTree) -> PyTree:
+        """Whole params with the averages in place, debiased, each leaf of its own dtype."""
+        split = self.parts.split(params)
+        covered = {part: {path: split[part][path] for path in decays} for part, decays in self.decays.items()}
+        means = self._debiased_alike(ema, covered)
+        return self.parts.merge({part: split[part] | flat for part, flat in means.items()}, into=params)
+
+    @functools.cached_property
+    def _debiased_alike(self) -> Any:
+        def debiased(ema: Ema, split: Split) -> Split:
+            alike: Split = jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), self.debiased(ema, split), split)
+            return alike
+
+        return jax.jit(debiased)
 
     def distances(self, ema: Ema, params: PyTree, parts: Sequence[str]) -> dict[str, jax.Array]:
         """How far the parameters are from their averages, by part, float32 scalars."""

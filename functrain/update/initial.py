@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import UpdateError
+from functrain.optim.adoption import Adoption
 from functrain.tree.arrays import as_array, committed_sharding, replicated_over
 from functrain.tree.paths import PyTree, flatten
 from functrain.tree.text import listed
+from functrain.update.ema import adopted_ema
 from functrain.update.options import Options
 from functrain.update.state import TrainState
 
@@ -99,6 +101,23 @@ def abstract_state(options: Options, params: PyTree, *, model_state: Any, key: A
         )
     state: TrainState = dataclasses.replace(shapes, step=counter, batches=counter, pending=counter)
     return state
+
+
+def adopted_state(
+    options: Options, other: Options, state: TrainState, *, configuration: str
+) -> tuple[TrainState, Adoption]:
+    """A state with what fits of that of other options, and what became of the rest."""
+    opt_state, report = options.optim.adopt(other.optim, state.opt_state, state.params)
+    scale_state, ema = None, None
+    if options.loss_scale is not None:
+        scale_state = options.loss_scale.init() if state.scale_state is None else state.scale_state
+    mine, its = options.averages, other.averages
+    if mine is not None or its is not None:
+        fresh, decays = (mine.init(state.params), mine.decays) if mine else ({}, {})
+        found, report = adopted_ema(fresh, decays, state.ema or {}, its.decays if its else {}, report)
+        ema = found or None
+    new = dataclasses.replace(state, opt_state=opt_state, scale_state=scale_state, ema=ema, configuration=configuration)
+    return new, report
 
 
 def _made_of(options: Options, params: PyTree) -> dict[str, Any]:

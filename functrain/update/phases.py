@@ -85,6 +85,16 @@ class Alternation:
     def _turn_of(self) -> dict[str, Turn]:
         return {self.phases[turn[0]].name: turn for turn in self.cycle[::-1]}
 
+    @property
+    def every_turn(self) -> tuple[Turn, ...]:
+        """Each turn that there may be, once.
+
+        >>> d, g = Phase("d", lambda p, b: 0.0, "d", repeat=3), Phase("g", lambda p, b: 0.0, "g")
+        >>> alternate(d, g).every_turn
+        ((0,), (1,))
+        """
+        return tuple(dict.fromkeys(self.cycle if self.phase is None else self._turn_of.values()))
+
     def turn(self, step: int) -> Turn:
         """The turn that begins after a number of steps.
 

@@ -1,8 +1,9 @@
 """The programs of an update: what each kind of call compiles, consumes and returns, and where they are kept."""
 
+import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from functrain.update.turns import Body, make_cycles, make_turn, under_phases
 from functrain.update.window import Window
 
 _LAST = 2**31 - 1
+_THREADS = 16  # In which XLA compiles: each works on one program, without the GIL.
 _BY_PART = ("opt_state", "ema")  # Fields that a step changes those parts of which it trains.
 
 
@@ -126,6 +128,7 @@ class Programs:
         self.kept: dict[tuple[Call, Form], Program] = {}
         self._losses: dict[int, list[str]] = {}
         self._checked: set[int] = set()
+        self.options = self._steps[0].options
 
     def program(self, call: Call, state: TrainState, batch: Any, lr: Any) -> Program:
         """The program of a call with such arguments."""
@@ -136,6 +139,18 @@ class Programs:
             self._check_precision(program, call, (state, batch, lr))
             self.kept[call, form] = program
         return program
+
+    def compile(self, asked: Iterable[tuple[Call, TrainState, Any]]) -> None:
+        """Compiles the programs of calls with such states and batches: traced one by one, compiled side by side.
+
+        What is traced, lowered or compiled here is not again when it is called.
+        """
+        lowered = (
+            self.program(call, state, batch, None).traced(state, batch, None).lower() for call, state, batch in asked
+        )
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+            for compiling in [threads.submit(each.compile) for each in lowered]:
+                compiling.result()
 
     def run(
         self, call: Call, state: TrainState, batch: Any, lr: Mapping[str, Any] | None, *, batches: int, steps: int
@@ -152,7 +167,7 @@ class Programs:
 
     def _check_precision(self, program: Program, call: Call, arguments: tuple[TrainState, Any, Any]) -> None:
         """Warns, once, of phases that compute in 32 bits although they were to do so in 16."""
-        dtype, phases = self._steps[0].options.narrow, {index for turn in call.turns for index in turn}
+        dtype, phases = self.options.narrow, {index for turn in call.turns for index in turn}
         if dtype is None or call.kind == "flush" or phases <= self._checked:
             return
         self._checked |= phases
@@ -203,7 +218,7 @@ def body_of(steps: Sequence[Step], call: Call) -> Body:
     """What a call computes, as a pure function."""
     turn, measured = call.turns[0], call.measured
     if call.kind == "scan":
-        return make_cycles(steps, call.turns)
+        return make_cycles(steps, call.turns, measured=measured)
     if call.kind == "whole":
         return make_turn(steps, turn, measured=measured)
     step = steps[turn[0]]

@@ -42,7 +42,7 @@ def make_turn(steps: Sequence[Step], turn: Turn, *, measured: bool = False, stac
     return run
 
 
-def make_cycles(steps: Sequence[Step], cycle: tuple[Turn, ...]) -> Body:
+def make_cycles(steps: Sequence[Step], cycle: tuple[Turn, ...], *, measured: bool = False) -> Body:
     """What repetitions of a cycle of turns do with their batches, on one leading axis.
 
     Every metric has a leading axis, of its phase's steps.
@@ -61,7 +61,7 @@ def make_cycles(steps: Sequence[Step], cycle: tuple[Turn, ...]) -> Body:
             found: dict[str, list[Metrics]] = {}
             begin = 0
             for turn, equal in itertools.groupby(cycle):
-                body, count = make_turn(steps, turn, stacked=True), len(list(equal))
+                body, count = make_turn(steps, turn, measured=measured, stacked=True), len(list(equal))
                 mine = jax.tree.map(lambda leaf, at=begin, count=count: leaf[at : at + count], batches)
                 state, metrics = scanned(body, state, mine)
                 begin += count
@@ -70,7 +70,7 @@ def make_cycles(steps: Sequence[Step], cycle: tuple[Turn, ...]) -> Body:
             return state, {name: jax.tree.map(_concatenated, *of_phase) for name, of_phase in found.items()}
 
         if len(cycle) == 1:
-            return scanned(make_turn(steps, cycle[0], stacked=True), state, batches)
+            return scanned(make_turn(steps, cycle[0], measured=measured, stacked=True), state, batches)
         if len(cycle) == len(jax.tree.leaves(batches)[0]):
             return one_cycle(state, batches, lr)
         by_cycle = jax.tree.map(lambda leaf: leaf.reshape(-1, len(cycle), *leaf.shape[1:]), batches)

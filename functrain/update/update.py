@@ -24,8 +24,8 @@ from functrain.update.checks import (
     check_whole,
     checked_count,
 )
-from functrain.update.ema import adopted_ema
-from functrain.update.initial import abstract_state, initial_state
+from functrain.update.compiling import calls_of
+from functrain.update.initial import abstract_state, adopted_state, initial_state
 from functrain.update.options import Options
 from functrain.update.phases import Alternation, period
 from functrain.update.programs import Call, Programs
@@ -130,7 +130,7 @@ class Update:
         return self._take(state, batch, lr, measured=True)
 
     def scan(
-        self, state: TrainState, batches: Any, *, lr: Mapping[str, Any] | None = None
+        self, state: TrainState, batches: Any, *, lr: Mapping[str, Any] | None = None, measured: bool = False
     ) -> tuple[TrainState, Metrics]:
         """Takes in many batches in one dispatch.
 
@@ -140,6 +140,7 @@ class Update:
           state: consumed; no window may be pending.
           batches: batches stacked on a leading axis: whole windows of them, and with phases whole cycles.
           lr: learning rates of all these steps, by part.
+          measured: with telemetry of every step under "parts"; a program of its own.
 
         Returns:
           The new state, and the metrics of every window, stacked on a leading axis; with phases, of every window of a
@@ -148,13 +149,9 @@ class Update:
         Raises:
           UpdateError: the leading axis is no multiple of `accumulate`, or of a cycle's batches, or a window is pending.
         """
-        count = checked_count(batches, self.cycle, self._cycle_in_words)
-        check_state(state)
-        check_whole(state, "scan")
-        turns = self.schedule.turns(int(state.step), count // self.accumulate)
         check_rates(lr, self.optim.trained)
-        call, steps = Call("scan", period(turns)), sum(map(len, turns))
-        return self._programs.run(call, state, batches, lr, batches=count, steps=steps)
+        call, count, steps = self._scan_of(state, batches)
+        return self._programs.run(call._replace(measured=measured), state, batches, lr, batches=count, steps=steps)
 
     def pure(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> tuple[TrainState, Metrics]:
         """The update as a pure function, for a `jit`, `scan` or `vmap` of one's own.
@@ -171,6 +168,33 @@ class Update:
         if self.schedule.alternates:
             return make_cycles(self.steps, self.schedule.cycle)(state, batch, lr)
         return make_turn(self.steps, self.schedule.cycle[0])(state, batch, lr)
+
+    def compile(
+        self, state: TrainState, batch: Any = None, *, scan: Any = None, measured: bool = True, flush: bool = True
+    ) -> None:
+        """Compiles the programs of calls to come side by side, in threads, so that none of them waits for another.
+
+        The first call then begins after about as long as the slowest program takes, where there are free cores. `fit`
+        does so. Nothing is run, and the state is not consumed.
+
+        Args:
+          state: as the first call will be given it.
+          batch: one like those to come, for calls with one batch: the first, the middle and the last of a window, of
+            every phase. Arrays or `jax.ShapeDtypeStruct`s; None for no such calls.
+          scan: batches on a leading axis, for `scan`; None for none.
+          measured: the programs with telemetry, too.
+          flush: that of a window that is cut short, too.
+        """
+        check_state(state)
+        with_telemetry = (True, False) if measured else (False,)
+        asked = []
+        if scan is not None:
+            call, *_ = self._scan_of(state, scan)
+            asked += [(call._replace(measured=each), state, scan) for each in with_telemetry]
+        for turn in self.schedule.every_turn if batch is not None else ():
+            found = calls_of(self._programs, turn, state, batch, with_telemetry)
+            asked += [each for each in found if flush or each[0].kind != "flush"]
+        self._programs.compile(asked)
 
     def lower(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> Any:
         """The program that a call with these arguments would run, as `jax.jit(...).lower` gives it; nothing is run."""
@@ -203,19 +227,7 @@ class Update:
         """
         check_state(state)
         check_whole(state, "adopt")
-        opt_state, report = self.optim.adopt(other.optim, state.opt_state, state.params)
-        scale_state, ema = None, None
-        if (scale := self.options.loss_scale) is not None:
-            scale_state = scale.init() if state.scale_state is None else state.scale_state
-        mine, its = self.options.averages, other.options.averages
-        if mine is not None or its is not None:
-            fresh, decays = (mine.init(state.params), mine.decays) if mine else ({}, {})
-            found, report = adopted_ema(fresh, decays, state.ema or {}, its.decays if its else {}, report)
-            ema = found or None
-        new = dataclasses.replace(
-            state, opt_state=opt_state, scale_state=scale_state, ema=ema, configuration=self.configuration
-        )
-        return new, report
+        return adopted_state(self.options, other.options, state, configuration=self.configuration)
 
     def ema(self, state: TrainState) -> PyTree:
         """The whole params with the averages of `make_update(ema=...)` in place, debiased, each leaf of its own dtype.
@@ -229,10 +241,7 @@ class Update:
         if self.options.averages is None or state.ema is None:
             raise UpdateError('this update keeps no average: make_update(..., ema={"body": 0.999})')
         check_not_deleted([*jax.tree.leaves(state.ema), *jax.tree.leaves(state.params)])
-        averages, split = self.options.averages, self.optim.parts.split(state.params)
-        covered = {part: {path: split[part][path] for path in decays} for part, decays in averages.decays.items()}
-        means = self._debiased(state.ema, covered)
-        return self.optim.parts.merge({part: split[part] | flat for part, flat in means.items()}, into=state.params)
+        return self.options.averages.in_params(state.ema, state.params)
 
     # How it is compiled and called.
 
@@ -249,6 +258,14 @@ class Update:
         kind = "last" if position + 1 == length else "middle" if position else "first"
         return Call("whole" if length == 1 else kind, (self.schedule.turn(int(state.step)),))
 
+    def _scan_of(self, state: TrainState, batches: Any) -> tuple[Call, int, int]:
+        """What is called to scan, how many batches it takes in, and how many steps it makes."""
+        count = checked_count(batches, self.cycle, self._cycle_in_words)
+        check_state(state)
+        check_whole(state, "scan")
+        turns = self.schedule.turns(int(state.step), count // self.accumulate)
+        return Call("scan", period(turns)), count, sum(map(len, turns))
+
     def _take(self, state: TrainState, batch: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
         """Takes in one batch."""
         call = self.call_of(state)
@@ -257,16 +274,6 @@ class Update:
             return self._programs.run(call, state, batch, None, batches=1, steps=0)
         call = call._replace(measured=measured)
         return self._programs.run(call, state, batch, lr, batches=1, steps=len(call.turns[0]))
-
-    @functools.cached_property
-    def _debiased(self) -> Any:
-        averages = self.options.averages
-        assert averages is not None
-
-        def debiased(ema: Any, split: Any) -> Any:
-            return jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), averages.debiased(ema, split), split)
-
-        return jax.jit(debiased)
 
     @functools.cached_property
     def _programs(self) -> Programs:

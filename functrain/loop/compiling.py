@@ -1,0 +1,57 @@
+"""Programs of a run are compiled side by side before it begins, and kept for the next time that it is started."""
+
+import os
+from typing import Any
+
+import jax
+
+from functrain.loop.every import Every
+from functrain.loop.run import Run
+
+
+def compile_for(
+    run: Run, *, log: Every, epochs: int | None, steps: int | None, batch: Any = None, scan: Any = None
+) -> None:
+    """Compiles what calls with such a batch will run, and returns when all of it is there; once for each kind of call.
+
+    Args:
+      run: where it stands.
+      log: how often it measures.
+      epochs: when it ends.
+      steps: when it ends.
+      batch: what `update` is given next.
+      scan: what `update.scan` is given next.
+    """
+    kind = "scan" if batch is None else "batch"
+    if kind in run.compiled:
+        return
+    run.compiled.add(kind)
+    end = _most_steps(run, epochs=epochs, steps=steps)
+    if log.updates is None:
+        measures = log.minutes is not None
+    else:
+        measures = end is None or end // log.updates > run.step // log.updates
+    is_cut_short = (run.reader.batches_an_epoch or 0) % run.update.accumulate > 0
+    run.update.compile(run.state, batch, scan=scan, measured=measures, flush=is_cut_short)
+
+
+def _most_steps(run: Run, *, epochs: int | None, steps: int | None) -> int | None:
+    """An upper bound of the steps of a run; None where the length of the data is not known."""
+    bounds = [steps] if steps is not None else []
+    if epochs is not None and (batches := run.reader.batches_an_epoch) is not None:
+        of_a_turn = max(map(len, run.update.schedule.every_turn))
+        bounds.append(of_a_turn * epochs * -(-batches // run.update.accumulate))
+    return min(bounds, default=None)
+
+
+def keep_programs(directory: str | os.PathLike[str] | None) -> None:
+    """Has JAX keep what it compiles from now on in a folder, if one is given, and take it from there; to its end."""
+    if directory is None:
+        return
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update("jax_compilation_cache_dir", os.fspath(directory))
+    # All of it: by default what compiles in less than a second is compiled again.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compilation_cache.reset_cache()  # JAX looks for a folder once, at the first program of a process.
