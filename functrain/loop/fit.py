@@ -20,7 +20,7 @@ from functrain.loop.progress import progress_shown
 from functrain.loop.reader import Reader
 from functrain.loop.rows import Rows
 from functrain.loop.run import Run
-from functrain.loop.saving import Saver
+from functrain.loop.saving import Rates, Saver
 from functrain.loop.signals import StopSignals
 from functrain.loop.training import Plan, train
 from functrain.update.state import TrainState
@@ -70,6 +70,7 @@ def fit(
     regroup: bool = False,
     fresh: bool = False,
     autopsy: bool = True,
+    rates: Rates = "program",
 ) -> Result:
     """Trains; the same call starts a run and goes on with it.
 
@@ -111,6 +112,9 @@ def fit(
       fresh: start a new run where there are checkpoints; they and their log are moved to a folder beside, and kept.
       autopsy: a run with checkpoints that ends for NaN is replayed from the last one, to say which batch and which
         operation it was; False leaves that out.
+      rates: with whose learning rates a run goes on where a part's constant `with_lr` was changed since it was saved:
+        the "program"'s or the "checkpoint"'s, with a warning of both. What a hook has set stays where the program says
+        what it said. Rates that are no state (schedules, `optax.adam(1e-3)`) are always the program's.
 
     Returns:
       A `Result`.
@@ -135,7 +139,7 @@ def fit(
         rows=_rows(loggers, checkpoints),
         hooks=all_hooks,
         evaluations=_evaluations(evaluation, update, sharding),
-        saver=Saver(checkpoints, all_hooks) if checkpoints else None,
+        saver=Saver(checkpoints, all_hooks, rates) if checkpoints else None,
         load_best_on_end=load_best_on_end,
     )
     run = Run(update, state, Reader(data), plan.rows.add)
@@ -147,8 +151,6 @@ def fit(
         _begin(run, plan, regroup=regroup, fresh=fresh)
         bar = progress_shown(run, epochs=epochs, steps=steps, data=data, wanted=progress)
         _go_through(run, plan, signals, stack.enter_context(bar), regroup=regroup, autopsy=autopsy)
-        if checkpoints:
-            checkpoints.wait()
         if signals.received is not None:
             raise SystemExit(signals.exit_code)
         _take_best(run, plan, regroup=regroup)
@@ -189,6 +191,8 @@ def _go_through(
         raise
     finally:
         plan.hooks.tell("run_ended", run, error)
+    if plan.saver:
+        plan.saver.checkpoints.wait()
 
 
 def _take_best(run: Run, plan: Plan, *, regroup: bool) -> None:
