@@ -126,8 +126,8 @@ class _Replay:
         """
         if jax.process_count() > 1:
             raise _Ended("there is none of a run of several processes; go on with it in one, to have one")
-        checkpoints = self._plan.saver.checkpoints if self._plan.saver else None
-        restored = None if checkpoints is None else checkpoints.restore(like=self._run.state, regroup=self._regroup)
+        saver = self._plan.saver
+        restored = None if saver is None else saver.read(self._run, regroup=self._regroup)
         if restored is None:
             raise _Ended(
                 "no checkpoint was saved before it, from which to replay: save what the run begins with,"

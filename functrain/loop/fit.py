@@ -22,7 +22,7 @@ from functrain.loop.progress import progress_shown
 from functrain.loop.reader import Reader
 from functrain.loop.rows import Rows
 from functrain.loop.run import Run
-from functrain.loop.saving import Saver
+from functrain.loop.saving import Rates, Saver
 from functrain.loop.signals import StopSignals
 from functrain.loop.training import Plan, train
 from functrain.update.state import TrainState
@@ -73,6 +73,7 @@ def fit(
     fresh: bool = False,
     autopsy: bool = True,
     compilation_cache: str | os.PathLike[str] | None = None,
+    rates: Rates = "program",
 ) -> Result:
     """Trains; the same call starts a run and goes on with it.
 
@@ -115,6 +116,9 @@ def fit(
         operation it was; False leaves that out.
       compilation_cache: a folder in which JAX keeps what it compiles, so that a run that is started again compiles
         nothing. It is set for the process, as by `jax.config`, and stays so after the run.
+      rates: with whose learning rates a run goes on where a part's constant `with_lr` was changed since it was saved:
+        the "program"'s or the "checkpoint"'s, with a warning of both. What a hook has set stays where the program says
+        what it said. Rates that are no state (schedules, `optax.adam(1e-3)`) are always the program's.
 
     Returns:
       A `Result`.
@@ -139,7 +143,7 @@ def fit(
         rows=_rows(loggers, checkpoints),
         hooks=all_hooks,
         evaluations=_evaluations(evaluation, update, sharding),
-        saver=Saver(checkpoints, all_hooks) if checkpoints else None,
+        saver=Saver(checkpoints, all_hooks, rates) if checkpoints else None,
         load_best_on_end=load_best_on_end,
     )
     run = _run(update, state, data, plan, compilation_cache)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
@@ -11,6 +11,7 @@ from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
 from functrain.loop.hooks import EarlyStopping, Hook
+from functrain.loop.saving import Rates
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 
@@ -36,6 +37,8 @@ def check_given(options: Mapping[str, Any]) -> None:
     for name, example in (("hooks", "[hook]"), ("loggers", "[ft.JsonLines(path)]")):
         if isinstance(options[name], str) or not isinstance(options[name], Iterable):
             raise FitError(f"{name}={options[name]!r}: give a list, {name}={example}")
+    if options["rates"] not in get_args(Rates):
+        raise FitError(f"rates={options['rates']!r}: write rates='program' or rates='checkpoint'")
     for hook in options["hooks"]:
         _is(hook, Hook, "hooks=", "a class with the base ft.Hook")
 

@@ -2,8 +2,9 @@
 
 import base64
 import contextlib
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,8 @@ from functrain.loop.warn import warn
 from functrain.optim.learning_rate import rates_in
 from functrain.update.state import TrainState
 
+Rates: TypeAlias = Literal["program", "checkpoint"]
+
 
 class Saver:
     """Saves a run, and gives it back.
@@ -25,12 +28,17 @@ class Saver:
     Args:
       checkpoints: where.
       hooks: whose states are saved too.
+      rates: whose constant learning rates a run goes on with, where the program's are others than when it was saved.
     """
 
-    def __init__(self, checkpoints: Checkpoints, hooks: Hooks) -> None:
+    def __init__(self, checkpoints: Checkpoints, hooks: Hooks, rates: Rates = "program") -> None:
         self.checkpoints = checkpoints
         self._hooks = hooks
+        self._wins = rates
         self._saved: tuple[int, ...] | None = None
+        # What the program says, and what it said when the rates that the run has were taken from it.
+        self._given: dict[str, float] = {}
+        self._taken: dict[str, float] = {}
 
     def save(self, run: Run) -> None:
         """Starts to save, unless this moment is saved already.
@@ -49,6 +57,7 @@ class Saver:
             # Without an update after it, an epoch's end logs those of the update before it.
             "metrics": flattened(run.newest_metrics()),
             "hooks": self._hooks.states(),
+            "rates": self._taken,
         }
         try:
             self.checkpoints.save(run.state, data=run.reader.position, metrics=scalars(run.evaluated), extra=extra)
@@ -60,18 +69,10 @@ class Saver:
 
     def restore(self, run: Run, *, regroup: bool) -> Restored | None:
         """Has a run go on from the newest sound checkpoint, if there is one."""
-        given = _constant_rates(run.state)
-        restored = self.checkpoints.restore(like=run.state, regroup=regroup)
+        self._given = self._taken = _constant_rates(run.state)
+        restored = self.read(run, regroup=regroup)
         if restored is None:
             return None
-        for part, rate in _constant_rates(restored.state).items():
-            if given.get(part, rate) != rate:
-                warn(
-                    f"part {part!r} goes on with the learning rate {rate:g} of the checkpoint, not with the"
-                    f" {given[part]:g} that its optimizer was made with; to change it within a run, have a hook do so"
-                    " in run_started: run.state = dataclasses.replace(run.state, opt_state="
-                    f"optim.with_learning_rates(run.state.opt_state, {{{part!r}: {given[part]:g}}}))"
-                )
         run.state = restored.state
         # One that was saved without `fit` has nothing but the state.
         extra = restored.extra or {"epoch": 0, "read": 0, "results": {}, "seconds": 0.0, "hooks": []}
@@ -85,6 +86,27 @@ class Saver:
         self._hooks.load(extra["hooks"])
         self._saved = _counters(run)
         return restored
+
+    def read(self, run: Run, *, regroup: bool) -> Restored | None:
+        """The newest sound checkpoint, with the rates that the run goes on with; None if there is none."""
+        restored = self.checkpoints.restore(like=run.state, regroup=regroup)
+        if restored is None:
+            return None
+        before = (restored.extra or {}).get("rates", {})
+        program = {}
+        for part, rate in _constant_rates(restored.state).items():
+            given = self._given.get(part, rate)
+            # Where the program says what it said, the rate is another because the run has changed it.
+            if given in (rate, before.get(part)):
+                continue
+            if self._wins == "program" and part in before:
+                program[part] = given
+            else:
+                self._taken = {name: each for name, each in self._taken.items() if name != part}
+                self._taken |= {part: before[part]} if part in before else {}
+            warn(_told(part, rate, given, taken=part in program, known=part in before))
+        opt_state = run.update.optim.with_learning_rates(restored.state.opt_state, program)
+        return restored._replace(state=dataclasses.replace(restored.state, opt_state=opt_state))
 
     def last_sound(self) -> str | None:
         """The newest checkpoint, for a message; None if there is none."""
@@ -128,6 +150,23 @@ def _taken_back(written: Any) -> Any:
         return written
     flat = np.frombuffer(base64.b64decode(written["bytes"]), jnp.dtype(written["dtype"]))
     return flat.reshape(written["shape"]).copy()
+
+
+def _told(part: str, rate: float, given: float, *, taken: bool, known: bool) -> str:
+    """Which learning rate a part goes on with, and how to have the other."""
+    if taken:
+        return (
+            f"part {part!r} goes on with the learning rate {given:g} of the program, not with the {rate:g} of the"
+            ' checkpoint; fit(..., rates="checkpoint") goes on with that'
+        )
+    text = f"part {part!r} goes on with the learning rate {rate:g} of the checkpoint, not the {given:g} of the program"
+    if known:
+        return f'{text}, as rates="checkpoint" says; leave it out to go on with the program\'s'
+    return (
+        f"{text}, as it does not say which rate it began with; to change it, have a hook do so in run_started:"
+        " run.state = dataclasses.replace(run.state, opt_state=optim.with_learning_rates(run.state.opt_state,"
+        f" {{{part!r}: {given:g}}}))"
+    )
 
 
 def _constant_rates(state: TrainState) -> dict[str, float]:

@@ -41,6 +41,18 @@ def checked_norms(clip_norm: Norms | None, clip_by: By | None, trained: Sequence
     return dict(clip_norm), clip_by or "part"
 
 
+def clip_written(clip_norm: Norms | None, clip_by: By | None, trained: Sequence[str]) -> dict[str, Any]:
+    """What gradients are clipped to as JSON has it.
+
+    >>> clip_written({"a": 1}, None, ["a", "b"])
+    {'clip_norm': {'a': 1.0}, 'clip_by': 'part'}
+    """
+    norms, by = checked_norms(clip_norm, clip_by, trained)
+    if not isinstance(clip_norm, Mapping):
+        return {"clip_norm": None if clip_norm is None else float(clip_norm), "clip_by": by}
+    return {"clip_norm": {part: float(norm) for part, norm in norms.items()}, "clip_by": by}
+
+
 def clipped(grads: Mapping[str, Mapping[str, Any]], norms: Mapping[str, float], by: By) -> Split:
     """The gradients, scaled down to norms that are computed in float32 or wider.
 

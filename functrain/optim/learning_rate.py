@@ -90,7 +90,9 @@ def with_lr(
         return scaled, WithLrState(rate, state.setting, steps, inner)
 
     named = factory.func if isinstance(factory, functools.partial) else factory
-    update.makes = functools.partial(make, 1.0)  # type: ignore[attr-defined]  # For `declared`.
+    # For `declared` and `described`, which look into functions.
+    update.makes, update.rate = functools.partial(make, 1.0), lr  # type: ignore[attr-defined]
+    update.given = getattr(factory, "keywords", {}) | rest  # type: ignore[attr-defined]
     update.__qualname__ = getattr(named, "__name__", "with_lr")
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -20,11 +20,12 @@ from functrain.optim.checks import (
     checked_rates,
 )
 from functrain.optim.clipping import By, Norms, checked_norms, clipped
+from functrain.optim.describe import described
 from functrain.optim.learning_rate import rates_in, with_rate
 from functrain.optim.part_transform import PartTransform
 from functrain.optim.state_form import placeholder_type
 from functrain.optim.states import in_place_of, laid_out, like_before, state_shardings
-from functrain.optim.transforms import Frozen, Transform, described
+from functrain.optim.transforms import Frozen, Transform
 from functrain.tree.partition import Partition, Split, table
 from functrain.tree.paths import PyTree
 
@@ -272,7 +273,7 @@ class Optimizer:
 
     @property
     def described(self) -> dict[str, str]:
-        """What made the transform of each part, as far as it can be told; "frozen" for a frozen one."""
+        """What the transform of each part is made of, as far as it can be told; "frozen" for a frozen one."""
         return {part: described(self.transforms[part]) for part in self.parts.names}
 
     def __str__(self) -> str:

@@ -12,6 +12,8 @@ import numpy as np
 from functrain.errors import UpdateError
 from functrain.gradients.loss import required_context
 from functrain.optim.adoption import Adoption
+from functrain.optim.clipping import clip_written
+from functrain.optim.describe import made_by, makeup
 from functrain.optim.optimizer import Optimizer
 from functrain.tree.paths import PyTree
 from functrain.tree.text import listed
@@ -61,7 +63,9 @@ class Update:
         phases = self.schedule.phases
         return json.dumps({
             "parts": {part: self.optim.parts.paths(part) for part in self.optim.parts.names},
-            "optimizers": self.optim.described,
+            "optimizers": {part: made_by(tx) for part, tx in self.optim.transforms.items()},
+            "makeup": {part: makeup(tx) for part, tx in self.optim.transforms.items()},
+            "clip": clip_written(self.optim.clip_norm, self.optim.clip_by, self.optim.trained),
             "accumulate": self.accumulate,
             "ema": self.options.averages.decays if self.options.averages else {},
             "phases": [[phase.name, *phase.trained, phase.repeat, phase.same_batch] for phase in phases if phase.name],

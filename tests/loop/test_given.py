@@ -43,6 +43,7 @@ def batches():
         ({"data": X}, "the data is one ndarray: give batches"),
         ({"data": jnp.ones(3)}, "give batches, ft.from_arrays(data, batch_size=32)"),
         ({"data": []}, "the data is an empty list: give at least one batch"),
+        ({"rates": "mine"}, "rates='mine': write rates='program' or rates='checkpoint'"),
         ({"data": 3}, "the data is 3: give an iterable of batches"),
     ],
 )

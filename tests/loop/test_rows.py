@@ -1,8 +1,6 @@
 """What `fit` logs, and what the progress bar shows."""
 
-import dataclasses
 import itertools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -189,33 +187,6 @@ def test_the_history_of_a_run_that_goes_on_is_that_of_one_that_was_never_stopped
         return [{**row, "train/steps_per_second": None} for row in result.history]
 
     assert run(tmp_path / "cut", 1, 3) == run(tmp_path / "whole", 3)
-
-
-def test_a_constant_rate_that_is_another_in_the_checkpoint_is_warned_of(tmp_path):
-    def run(rate, epochs, hooks=()):
-        update = update_of(head=ft.with_lr(optax.sgd, rate))
-        return ft.fit(*counted(update), epochs=epochs, checkpoints=ft.Checkpoints(tmp_path), hooks=hooks)
-
-    class Set(ft.Hook):
-        def run_started(self, run):
-            rates = run.update.optim.with_learning_rates(run.state.opt_state, {"head": 0.05})
-            run.state = dataclasses.replace(run.state, opt_state=rates)
-
-    def rate_of(result):
-        return float(result.state.opt_state["head"].setting)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert rate_of(run(0.1, 1)) == rate_of(run(0.1, 2)) == np.float32(0.1)
-    with pytest.warns(
-        UserWarning, match=r"part 'head' goes on with the learning rate 0\.1 of .*not with the 0\.05 .*run_started"
-    ):
-        assert rate_of(run(0.05, 3)) == np.float32(0.1)
-    with pytest.warns(UserWarning, match=r"'head': 0\.05"):
-        assert rate_of(run(0.05, 4, [Set()])) == np.float32(0.05)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert rate_of(run(0.05, 5)) == np.float32(0.05)
 
 
 # The progress bar

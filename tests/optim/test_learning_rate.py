@@ -424,4 +424,4 @@ def test_with_lr_is_an_optax_transform_by_itself():
 def test_the_table_of_an_optimizer_names_what_a_partial_is_of():
     parts = ft.partition({"w": jnp.ones(2)}, {"all": ...})
     adam = functools.partial(optax.adam, b1=0.5)
-    assert ft.Optimizer(parts, {"all": ft.with_lr(adam, 0.1)}).described == {"all": "adam"}
+    assert ft.Optimizer(parts, {"all": ft.with_lr(adam, 0.1)}).described == {"all": "adam(b1=0.5)"}

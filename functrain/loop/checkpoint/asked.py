@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from functrain.loop.checkpoint.contents import Contents
 from functrain.loop.checkpoint.leaves import COUNTERS, WINDOW, leaf_spec, named_fields, named_leaves
+from functrain.optim.describe import Makeup, changed, outlines
 from functrain.tree.arrays import committed_sharding, replicated_over
 from functrain.update.state import TrainState
 
@@ -78,17 +79,44 @@ def of_configuration(contents: Contents, asked: Asked) -> list[str]:
         gone = [path for path in paths if path not in now["parts"].get(part, ())]
         owner = {path: other for other, others in now["parts"].items() for path in others}
         lines += [f"{path}: saved in part {part!r}, now in {owner[path]!r}" for path in gone if path in owner]
-    for part, optimizer in saved["optimizers"].items():
-        if now["optimizers"].get(part, optimizer) != optimizer:
-            lines.append(f"part {part!r}: saved with the optimizer {optimizer}, now {now['optimizers'][part]}")
+    for part, (before, after) in _optimizers(contents, asked).items():
+        lines.append(f"part {part!r}: saved with the optimizer {before}, now {after}")
     for option in ("accumulate", "phases"):
         if saved[option] != now[option]:
             lines.append(f"{option}: saved as {saved[option]}, now {now[option]}")
-    before, after = (_decays(configuration) for configuration in (saved, now))
-    for path, decay in before.items():
-        if after.get(path, decay) != decay:
-            lines.append(f"the average of {path}: saved with the decay {decay}, now {after[path]}")
+    decays, new_decays = (_decays(configuration) for configuration in (saved, now))
+    for path, decay in decays.items():
+        if new_decays.get(path, decay) != decay:
+            lines.append(f"the average of {path}: saved with the decay {decay}, now {new_decays[path]}")
     return lines
+
+
+def _optimizers(contents: Contents, asked: Asked) -> dict[str, tuple[str, str]]:
+    """The names of the optimizers that are others, before and now, by part."""
+    found = {}
+    for part, (old, new) in _makeups(contents, asked).items():
+        if (names := outlines(old, new)) and (contents.is_of_this_optax or old[0] != new[0]):
+            found[part] = names
+    saved, now = contents.configuration["optimizers"], asked.configuration["optimizers"]
+    if "makeup" not in contents.configuration:  # Of before there was one: the name of the outermost alone.
+        found |= {part: (saved[part], now[part]) for part in saved if now.get(part, saved[part]) != saved[part]}
+    return found
+
+
+def _makeups(contents: Contents, asked: Asked) -> dict[str, tuple[Makeup, Makeup]]:
+    saved, now = contents.configuration.get("makeup", {}), asked.configuration.get("makeup", {})
+    return {part: (made, now[part]) for part, made in saved.items() if part in now}
+
+
+def of_numbers(contents: Contents, asked: Asked) -> tuple[str, ...]:
+    """The numbers of optimizers that are others, a line each: a run goes on with the new ones."""
+    lines = []
+    for part, (old, new) in _makeups(contents, asked).items():
+        if not outlines(old, new):
+            lines += [f"part {part!r}: {line}" for line in changed(old, new)]
+    saved, now = contents.configuration.get("clip", {}), asked.configuration.get("clip", {})
+    lines += [f"{name} was {saved[name]}, is now {now[name]}" for name in saved if now.get(name) != saved[name]]
+    return tuple(lines)
 
 
 def _decays(configuration: Mapping[str, Any]) -> dict[str, float]:

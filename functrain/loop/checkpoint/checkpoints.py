@@ -27,6 +27,7 @@ from functrain.loop.checkpoint.storage import Storage
 from functrain.loop.checkpoint.writer import Writer
 from functrain.loop.every import Every
 from functrain.loop.warn import warn
+from functrain.tree.text import listed_lines
 from functrain.update.state import TrainState
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/.*")
@@ -233,12 +234,18 @@ class Checkpoints:
             self.wait()
         asked, finder = Asked.of(like), Finder(self._folder, self._set_aside)
         try:
-            return finder.found(step, lambda checkpoint: read(self._storage, checkpoint, asked, regroup=regroup))
+            restored = finder.found(step, lambda checkpoint: read(self._storage, checkpoint, asked, regroup=regroup))
         finally:
             if not self._writer.is_running:
                 self._storage.close()
             for text in finder.told:
                 warn(text)
+        if restored is not None and restored.changed:
+            warn(
+                f"the optimizer goes on with other numbers than {restored.path} was saved with:"
+                f"{listed_lines(restored.changed)}\nto go on as it was, write the numbers that were"
+            )
+        return restored
 
     def start_anew(self) -> Path | None:
         """Moves all checkpoints, damaged ones too, to a folder "before-1", so that the next run is a new one.

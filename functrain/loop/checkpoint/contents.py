@@ -101,6 +101,11 @@ class Contents:
         """Shape and dtype of every leaf."""
         return self.leaves | self.window_leaves
 
+    @property
+    def is_of_this_optax(self) -> bool:
+        """Whether it was written with the optax that is here: in another, a transform may be made of others."""
+        return self.versions.get("optax") == _versions()["optax"]
+
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold."""
         return vars(self) | {"beside": vars(self.beside)}

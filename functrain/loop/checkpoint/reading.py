@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from functrain.errors import CheckpointError
-from functrain.loop.checkpoint.asked import Asked, differences, of_leaves, places
+from functrain.loop.checkpoint.asked import Asked, differences, of_leaves, of_numbers, places
 from functrain.loop.checkpoint.contents import decoded
 from functrain.loop.checkpoint.leaves import COUNTERS, FIELDS, WINDOW, window_of
 from functrain.loop.checkpoint.regroup import regrouped
@@ -28,6 +28,7 @@ class Restored(NamedTuple):
       path: its folder.
       report: with `regroup=True`, what became of optimizer state and averages, for `print`; None where nothing was
         regrouped.
+      changed: the numbers of optimizers that were others, as was warned of: what was, what is now.
     """
 
     state: TrainState
@@ -36,6 +37,7 @@ class Restored(NamedTuple):
     extra: Any
     path: Path
     report: Adoption | None = None
+    changed: tuple[str, ...] = ()
 
 
 def read(storage: Storage, checkpoint: Path, asked: Asked, *, regroup: bool) -> Restored:
@@ -71,4 +73,5 @@ def read(storage: Storage, checkpoint: Path, asked: Asked, *, regroup: bool) -> 
         **{**dict.fromkeys(FIELDS), **values, **counters}, window=window, configuration=asked.written_configuration
     )
     beside = contents.beside
-    return Restored(state, decoded(beside.data), beside.metrics, decoded(beside.extra), checkpoint, report)
+    data, extra, numbers = decoded(beside.data), decoded(beside.extra), of_numbers(contents, asked)
+    return Restored(state, data, beside.metrics, extra, checkpoint, report, numbers)

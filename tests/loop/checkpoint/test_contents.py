@@ -58,16 +58,27 @@ MISFITS = {
     ),
     "another optimizer": (
         made(two(), BY_NAME, {"a": SGD, "b": SGD}), made(two(), BY_NAME, {"a": SGD, "b": ADAM}),
-        ["opt_state/b/0/trace/b: saved as float32[4], now missing", "opt_state/b/0/count: not saved, now int32[]",
+        ["part 'b': saved with the optimizer chain(trace, scale), now chain(scale_by_adam, scale)",
+         "opt_state/b/0/trace/b: saved as float32[4], now missing", "opt_state/b/0/count: not saved, now int32[]",
          "opt_state/b/0/mu/b: not saved, now float32[4]", "opt_state/b/0/nu/b: not saved, now float32[4]"],
     ),
     "another optimizer of the same state": (
         made(two(), txs={"all": ft.with_lr(optax.adam, 0.1)}), made(two(), txs={"all": ft.with_lr(optax.adamw, 0.1)}),
         ["part 'all': saved with the optimizer adam, now adamw"],
     ),
+    "another transform of optax's of the same state": (
+        made(two(), txs={"all": optax.adam(0.1)}), made(two(), txs={"all": optax.adamw(0.1)}),
+        ["part 'all': saved with the optimizer chain(scale_by_adam, scale), now chain(scale_by_adam,"
+         " add_decayed_weights, scale)"],
+    ),
+    "a factory of one's own that makes another": (
+        made(two(), txs={"all": ft.with_lr(lambda lr: optax.sgd(lr), 0.1)}),
+        made(two(), txs={"all": ft.with_lr(lambda lr: optax.sign_sgd(lr), 0.1)}),
+        ["part 'all': saved with the optimizer <lambda>(chain(identity, scale)), now <lambda>(chain(scale_by_sign"],
+    ),
     "a part that is frozen": (
         made(two(), BY_NAME, {"a": SGD, "b": SGD}), made(two(), BY_NAME, {"a": SGD, "b": ft.FROZEN}),
-        ["part 'b': saved with the optimizer chain, now frozen",
+        ["part 'b': saved with the optimizer chain(trace, scale), now frozen",
          "opt_state/b/0/trace/b: saved as float32[4], now missing"],
     ),
     "other parts": (
