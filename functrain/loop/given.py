@@ -23,7 +23,7 @@ def check_given(options: Mapping[str, Any]) -> None:
     """
     _is(options["update"], Update, "update", "ft.make_update(loss_fn, optim)")
     _is(options["state"], TrainState, "state", "update.init(params)")
-    _check_data(options["data"])
+    check_data(options["data"])
     if options["log"] is not None:
         _is(options["log"], Every, "log=", f"ft.Every(updates={_number(options['log'])})")
     if options["checkpoints"] is not None:
@@ -46,7 +46,12 @@ def _is(given: Any, kind: type, name: str, example: str) -> None:
         raise FitError(f"{name} takes {kind.__name__}, not {shown[:100]} ({type(given).__name__}): write {example}")
 
 
-def _check_data(data: Any) -> None:
+def check_data(data: Any) -> None:
+    """Raises for what gives no batches.
+
+    Raises:
+      FitError: says what was given, and what to write.
+    """
     if inspect.isgeneratorfunction(data) or (
         callable(data) and not hasattr(data, "__iter__") and not _has_epochs(data)
     ):
