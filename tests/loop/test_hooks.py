@@ -206,6 +206,11 @@ def test_patience_goes_on_where_the_run_goes_on(tmp_path):
     assert (again.epochs, again.stopped) == (4, "valid/loss has not improved for 3 evaluations")
 
 
+def test_early_stopping_has_no_method_that_is_warned_of(recwarn):
+    ft.fit(*counted(update_of()), epochs=1, evaluation=scripted(1), stop=ft.EarlyStopping("valid/loss", patience=2))
+    assert not recwarn.list
+
+
 def test_one_early_stopping_may_serve_two_runs():
     stop = ft.EarlyStopping("valid/loss", patience=2)
     for _ in range(2):
