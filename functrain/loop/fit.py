@@ -13,7 +13,7 @@ from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
-from functrain.loop.given import check_given
+from functrain.loop.given import check_given, check_results
 from functrain.loop.hooks import EarlyStopping, Hook, Hooks
 from functrain.loop.logs import JsonLines, Logger
 from functrain.loop.progress import progress_shown
@@ -125,7 +125,8 @@ def fit(
       SystemExit: 143 or 130 after SIGTERM or SIGINT: the update was finished and saved, data was not waited for.
     """
     check_given(locals())
-    log, all_hooks = log or Every(updates=100), Hooks([*([stop] if stop else []), *hooks])
+    watching = [*([stop] if stop else []), *hooks]
+    log, all_hooks = log or Every(updates=100), Hooks(watching)
     plan = Plan(
         epochs=epochs,
         steps=steps,
@@ -138,6 +139,7 @@ def fit(
         saver=Saver(checkpoints, all_hooks) if checkpoints else None,
         load_best_on_end=load_best_on_end,
     )
+    check_results(plan.evaluations, watching, plan.kept_best, state)
     run = Run(update, state, Reader(data), plan.rows.add)
     with StopSignals() as signals, contextlib.ExitStack() as stack:
         stack.callback(plan.rows.close)
