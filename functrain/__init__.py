@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from functrain.loop.metrics import ConfusionMatrix, Metric, OnHost, TopK
     from functrain.loop.run import Run
     from functrain.loop.signals import StopSignals
+    from functrain.loop.sweep import Sweep, lr_sweep
 
 __version__ = "0.2.0"
 
@@ -101,6 +102,7 @@ __all__ = [
     "SaveError",
     "Selector",
     "StopSignals",
+    "Sweep",
     "TensorBoard",
     "TopK",
     "TrainState",
@@ -117,6 +119,7 @@ __all__ = [
     "from_tfds",
     "load_model_state",
     "load_params",
+    "lr_sweep",
     "make_train_step",
     "make_update",
     "mask",
@@ -145,9 +148,11 @@ _LAZY = {
     "Restored": "functrain.loop.checkpoint.reading",
     "load_model_state": "functrain.loop.checkpoint.alone",
     "load_params": "functrain.loop.checkpoint.alone",
+    "lr_sweep": "functrain.loop.sweep",
     "Result": "functrain.loop.fit",
     "Run": "functrain.loop.run",
     "StopSignals": "functrain.loop.signals",
+    "Sweep": "functrain.loop.sweep",
     "TensorBoard": "functrain.loop.logs",
     "TopK": "functrain.loop.metrics",
     "fit": "functrain.loop.fit",

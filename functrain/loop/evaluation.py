@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -20,6 +20,8 @@ from functrain.loop.names import named_values
 from functrain.tree.arrays import replicated_over, wide
 from functrain.tree.paths import PyTree
 from functrain.tree.text import listed
+
+_NO_BATCH = "the evaluation data has no batch: give data that can be read more than once"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,11 +73,7 @@ class Evaluation:
           EvaluationError: a result that is neither a scalar nor has one value for each example, two of one name, no
             data, or params over several processes without `sharding`.
         """
-        if self.sharding is None and not all(_is_here(leaf) for leaf in jax.tree.leaves(params)):
-            raise EvaluationError(
-                "params lie over several processes, and each would evaluate its own batches alone: say how they make"
-                " one, Evaluation(..., sharding=jax.NamedSharding(mesh, jax.P('data')))"
-            )
+        self._check_place(params)
         sums, size = None, 0
         on_host: dict[str, list[Any]] = {name: [] for name in self._on_host}
         for given in self.data:
@@ -88,11 +86,9 @@ class Evaluation:
             for name, arrays in gathered.items():
                 on_host[name].append([_fetched(array)[_fetched(mask) > 0] for array in arrays])
         if sums is None:
-            raise EvaluationError("the evaluation data has no batch: give data that can be read more than once")
+            raise EvaluationError(_NO_BATCH)
         means, accumulated = jax.tree.map(_fetched, sums)
         results: dict[str, Any] = {name: float(total / weight) for name, (total, weight) in means.items()}
-        if twice := sorted(results.keys() & self.metrics.keys()):
-            raise EvaluationError(f"eval_step and metrics= both give {listed(twice)}: rename one")
         for name, metric in self.metrics.items():
             if name in on_host:
                 columns = zip(*on_host[name], strict=True)
@@ -101,12 +97,40 @@ class Evaluation:
                 results[name] = metric.compute(accumulated[name])
         return {name: _plain(value) for name, value in named_values(results)}
 
+    def names(self, params: PyTree, model_state: Any = None) -> list[str] | None:
+        """What the results are called, by tracing one batch of the data; nothing is computed.
+
+        Returns:
+          The names; of a metric its own, also where it computes numbers by name. None where the data can be read only
+          once: then it is not read.
+
+        Raises:
+          EvaluationError: what a call would raise for this batch before it computes.
+        """
+        if isinstance(self.data, Iterator):
+            return None
+        self._check_place(params)
+        nothing = object()
+        if (given := next(iter(self.data), nothing)) is nothing:
+            raise EvaluationError(_NO_BATCH)
+        batch, mask = put(self._padded(given, 0, params, model_state), self.sharding)
+        _, means = self._shapes.eval_shape(params, batch, model_state, mask)
+        self._step.eval_shape((means, jax.eval_shape(self._no_counts)), params, batch, model_state, mask)
+        return [*means, *self.metrics]
+
+    def _check_place(self, params: PyTree) -> None:
+        if self.sharding is None and not all(_is_here(leaf) for leaf in jax.tree.leaves(params)):
+            raise EvaluationError(
+                "params lie over several processes, and each would evaluate its own batches alone: say how they make"
+                " one, Evaluation(..., sharding=jax.NamedSharding(mesh, jax.P('data')))"
+            )
+
     @property
     def _on_host(self) -> dict[str, OnHost]:
         return {name: metric for name, metric in self.metrics.items() if isinstance(metric, OnHost)}
 
     @functools.cached_property
-    def _step(self) -> Callable[..., Any]:
+    def _step(self) -> Any:
         def step(sums: Any, params: Any, batch: Any, model_state: Any, mask: Any) -> Any:
             outputs, new = self._new(params, batch, model_state, mask)
             means, accs = sums
@@ -128,12 +152,16 @@ class Evaluation:
         taken = {name for metric in self.metrics.values() for name in metric.names}
         if unknown := sorted(taken - outputs.keys()):
             raise EvaluationError(f"metrics= takes {listed(unknown)}, but eval_step returned {listed(outputs)}")
+        if twice := sorted((outputs.keys() - taken) & self.metrics.keys()):
+            raise EvaluationError(f"eval_step and metrics= both give {listed(twice)}: rename one")
         return outputs, {name: _sum(name, value, weight, mask) for name, value in outputs.items() if name not in taken}
+
+    def _no_counts(self) -> dict[str, Any]:
+        return {name: metric.init() for name, metric in self.metrics.items() if name not in self._on_host}
 
     def _zeros(self, params: Any, *inputs: Any) -> tuple[Any, dict[str, Any]]:
         _, means = self._shapes.eval_shape(params, *inputs)
-        accs = {name: metric.init() for name, metric in self.metrics.items() if name not in self._on_host}
-        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), means), accs
+        sums = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), means), self._no_counts()
         # Laid out as the step returns them, or the second batch would compile a second program.
         placed_sums: tuple[Any, dict[str, Any]] = jax.device_put(sums, replicated_over(params))
         return placed_sums

@@ -15,7 +15,7 @@ from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.compiling import keep_programs
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
-from functrain.loop.given import check_given
+from functrain.loop.given import check_given, check_results
 from functrain.loop.hooks import EarlyStopping, Hook, Hooks
 from functrain.loop.logs import JsonLines, Logger
 from functrain.loop.progress import progress_shown
@@ -133,7 +133,8 @@ def fit(
       SystemExit: 143 or 130 after SIGTERM or SIGINT: the update was finished and saved, data was not waited for.
     """
     check_given(locals())
-    log, all_hooks = log or Every(updates=100), Hooks([*([stop] if stop else []), *hooks])
+    watching = [*([stop] if stop else []), *hooks]
+    log, all_hooks = log or Every(updates=100), Hooks(watching)
     plan = Plan(
         epochs=epochs,
         steps=steps,
@@ -146,13 +147,10 @@ def fit(
         saver=Saver(checkpoints, all_hooks, rates) if checkpoints else None,
         load_best_on_end=load_best_on_end,
     )
+    check_results(plan.evaluations, watching, plan.kept_best, state)
     run = _run(update, state, data, plan, compilation_cache)
     with StopSignals() as signals, contextlib.ExitStack() as stack:
-        stack.callback(plan.rows.close)
-        if checkpoints:
-            checkpoints.open()
-            stack.push(checkpoints.__exit__)
-        _begin(run, plan, regroup=regroup, fresh=fresh)
+        _begin(run, plan, stack, regroup=regroup, fresh=fresh)
         bar = progress_shown(run, epochs=epochs, steps=steps, data=data, wanted=progress)
         _go_through(run, plan, signals, stack.enter_context(bar), regroup=regroup, autopsy=autopsy)
         if signals.received is not None:
@@ -162,12 +160,17 @@ def fit(
 
 
 def _run(update: Update, state: TrainState, data: Iterable[Any], plan: Plan, compilation_cache: Any) -> Run:
+    """Where a run stands before it begins."""
     keep_programs(compilation_cache)
     return Run(update, state, Reader(data), plan.rows.add)
 
 
-def _begin(run: Run, plan: Plan, *, regroup: bool, fresh: bool) -> None:
-    """Has a run go on where it stood, or begin."""
+def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, fresh: bool) -> None:
+    """Has a run go on where it stood, or begin; what is opened for it, the stack closes."""
+    stack.callback(plan.rows.close)
+    if plan.saver:
+        plan.saver.checkpoints.open()
+        stack.push(plan.saver.checkpoints.__exit__)
     if fresh:
         _start_anew(plan.saver.checkpoints if plan.saver else None)
     restored = plan.saver.restore(run, regroup=regroup) if plan.saver else None

@@ -24,7 +24,7 @@ def check_given(options: Mapping[str, Any]) -> None:
     """
     _is(options["update"], Update, "update", "ft.make_update(loss_fn, optim)")
     _is(options["state"], TrainState, "state", "update.init(params)")
-    _check_data(options["data"])
+    check_data(options["data"])
     if options["log"] is not None:
         _is(options["log"], Every, "log=", f"ft.Every(updates={_number(options['log'])})")
     if options["checkpoints"] is not None:
@@ -43,13 +43,42 @@ def check_given(options: Mapping[str, Any]) -> None:
         _is(hook, Hook, "hooks=", "a class with the base ft.Hook")
 
 
+def check_results(
+    evaluations: Sequence[Evaluation], hooks: Sequence[Hook], kept_best: Sequence[str], state: TrainState
+) -> None:
+    """Raises for an evaluation that can't be computed, and for a result that is asked for and that none gives.
+
+    Raises:
+      EvaluationError: an `eval_step`, a metric or data that do not fit each other.
+      FitError: the name of a result in `EarlyStopping` or `keep_best`.
+    """
+    known = []
+    for each in evaluations:
+        names = each.names(state.params, state.model_state)
+        known += [each.name] if names is None else [f"{each.name}/{name}" for name in names]
+    ends = [each for each in hooks if type(each).evaluation_ended is EarlyStopping.evaluation_ended]
+    asked = {f"keep_best={best!r}": best for best in kept_best}
+    asked |= {f"EarlyStopping({each.result!r})": each.result for each in ends if isinstance(each, EarlyStopping)}
+    for what, result in asked.items():
+        if not evaluations:
+            raise FitError(f"{what}: no evaluation gives a result: fit(..., evaluation=ft.Evaluation(eval_step, data))")
+        # A metric may compute numbers by name, and data that is read only once was not looked at.
+        if not any(f"{result}/".startswith(f"{name}/") for name in known):
+            raise FitError(f"{what}: the results are {sorted(known)}; name one of them")
+
+
 def _is(given: Any, kind: type, name: str, example: str) -> None:
     if not isinstance(given, kind):
         shown = given.__name__ if callable(given) and hasattr(given, "__name__") else repr(given)
         raise FitError(f"{name} takes {kind.__name__}, not {shown[:100]} ({type(given).__name__}): write {example}")
 
 
-def _check_data(data: Any) -> None:
+def check_data(data: Any) -> None:
+    """Raises for what gives no batches.
+
+    Raises:
+      FitError: says what was given, and what to write.
+    """
     if inspect.isgeneratorfunction(data) or (
         callable(data) and not hasattr(data, "__iter__") and not _has_epochs(data)
     ):

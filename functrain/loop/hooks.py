@@ -12,7 +12,7 @@ from functrain.loop.run import Run
 from functrain.loop.warn import warn
 from functrain.tree.text import listed
 
-_EVENT = re.compile("(on|before|after)_.*|.*_(start|started|begin|began|end|ended|save|saved)")
+_EVENT = re.compile("(on|before|after)_.*|[^_].*_(start|started|begin|began|end|ended|save|saved)")
 
 
 class Hook:

@@ -75,13 +75,14 @@ def compilations():
 
 
 class Scripted:
-    """Evaluation data of one number, another one each time that it is read."""
+    """Evaluation data of one number, another one each time that it is read to its end."""
 
     def __init__(self, *values):
         self.left = list(values)
 
     def __iter__(self):
-        yield {"x": np.float32([self.left.pop(0)])}
+        yield {"x": np.float32([self.left[0]])}
+        self.left.pop(0)
 
 
 def scripted(*values, **options):

@@ -5,7 +5,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import X, Y, counted, data_of, update_of
+from runs import Recorder, X, Y, compilations, counted, data_of, scripted, start, update_of
 
 import functrain as ft
 
@@ -74,3 +74,101 @@ def test_what_can_be_read_is_read():
     for data in (batches(), Epochs(), [{"x": X[:2], "y": Y[:2]}], ({"x": X[:2], "y": Y[:2]},), map(dict, batches())):
         assert int(ft.fit(update, start(), data, epochs=1).state.step) == 1
     assert np.isfinite(ft.fit(update, start(), [{"x": X, "y": Y}] * 2, epochs=1).history[-1]["train/loss"])
+
+
+def squared(params, batch):
+    return {"loss": (batch["x"] @ params["body"]["w"])[:, 0] ** 2, "label": jnp.zeros(len(batch["x"]), jnp.int32)}
+
+
+def events_until(error, told, **options):
+    """The events of a run that ends with an error."""
+    recorder = Recorder()
+    with pytest.raises(error, match=re.escape(told)):
+        ft.fit(*counted(update_of()), epochs=2, hooks=[recorder, *options.pop("hooks", ())], **options)
+    return recorder.events
+
+
+@pytest.mark.parametrize("place", ["stop", "hooks", "checkpoints"])
+def test_the_name_of_a_result_that_no_evaluation_gives_is_told_before_anything_runs(tmp_path, place):
+    stop = ft.EarlyStopping("valid/accuracy", patience=1, mode="max")
+    best = ft.Checkpoints(tmp_path / "run", keep_best={"valid/accuracy": "max"})
+    options = {"stop": stop, "hooks": [stop], "checkpoints": best}[place]
+    what = "keep_best='valid/accuracy'" if place == "checkpoints" else "EarlyStopping('valid/accuracy')"
+    told = f"{what}: the results are ['valid/loss']; name one of them"
+    assert not events_until(ft.FitError, told, evaluation=scripted(1, 2), **{place: options})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_to_stop_by_a_result_needs_an_evaluation():
+    told = (
+        "EarlyStopping('valid/loss'): no evaluation gives a result: fit(..., evaluation=ft.Evaluation(eval_step, data))"
+    )
+    assert not events_until(ft.FitError, told, stop=ft.EarlyStopping("valid/loss", patience=1))
+
+
+@pytest.mark.parametrize(
+    ("eval_step", "options", "told"),
+    [
+        (lambda params, batch: batch["x"], {}, ": return a dict by name, or a Loss"),
+        (lambda params, batch: {"x": batch["x"]}, {}, "eval_step returned 'x' of shape (4, 3): return a scalar or one"),
+        (lambda params, batch: {"x": params["heda"]}, {}, "'heda'"),
+        (squared, {"metrics": {"top": ft.TopK(2)}}, "metrics= takes 'scores', but eval_step returned"),
+        (squared, {"metrics": {"loss": ft.OnHost(np.sum, "label")}}, "eval_step and metrics= both give 'loss': rename"),
+        (squared, {"metrics": {"counts": ft.ConfusionMatrix(2, "loss", "label")}}, "integer"),
+    ],
+)
+def test_an_evaluation_that_can_not_be_computed_is_told_before_anything_runs(eval_step, options, told):
+    with compilations() as names:
+        assert not events_until(Exception, told, evaluation=ft.Evaluation(eval_step, data_of(), **options))
+    assert not [name for name in names if "functrain" in name]
+
+
+def test_evaluation_data_without_a_batch_is_told_before_anything_runs():
+    told = "the evaluation data has no batch: give data that can be read more than once"
+    assert not events_until(ft.EvaluationError, told, evaluation=ft.Evaluation(squared, []))
+
+
+def test_evaluation_data_that_is_read_only_once_is_left_to_the_evaluation():
+    read = []
+
+    def once():
+        for i in (0, 4):
+            read.append(i)
+            yield {"x": X[i : i + 4]}
+
+    recorder = Recorder(of=lambda run: [*read])
+    evaluation = ft.Evaluation(squared, once())
+    stop = ft.EarlyStopping("valid/loss", patience=1)
+    result = ft.fit(*counted(update_of()), epochs=1, evaluation=evaluation, stop=stop, hooks=[recorder])
+    assert recorder.at("run_started") == [[]]
+    assert (
+        result.results["valid/loss"]
+        == ft.Evaluation(squared, [{"x": X[:4]}, {"x": X[4:8]}])(result.state.params)["loss"]
+    )
+    bad = ft.EarlyStopping("valid/los", patience=1, mode="min")
+    with pytest.raises(
+        ft.FitError, match=re.escape("EarlyStopping('valid/los'): the results are ['valid/label', 'val")
+    ):
+        ft.fit(*counted(update_of()), epochs=1, evaluation=ft.Evaluation(squared, once()), stop=bad)
+
+
+def test_numbers_that_a_metric_computes_by_name_are_results(tmp_path):
+    metrics = {"of": ft.OnHost(lambda label: {"mean": label.mean()}, "label")}
+    evaluation = ft.Evaluation(squared, data_of(), metrics=metrics)
+    best = ft.Checkpoints(tmp_path, keep_best={"valid/of/mean": "max"})
+    assert (
+        ft.fit(*counted(update_of()), epochs=1, evaluation=evaluation, checkpoints=best).results["valid/of/mean"] == 0
+    )
+
+
+def test_to_look_at_an_evaluation_traces_its_step_no_more_often_than_to_compute_it():
+    traced = []
+
+    def eval_step(params, batch, model_state):
+        traced.append(batch["x"].shape)
+        return {"loss": batch["x"][:, 0] * model_state}
+
+    update, _, data = counted(update_of())
+    state = update.init(start(), model_state=jnp.ones(()))
+    ft.fit(update, state, data, epochs=2, evaluation=ft.Evaluation(eval_step, data))
+    assert traced == [(2, 3)]
