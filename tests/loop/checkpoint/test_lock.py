@@ -84,7 +84,9 @@ def test_a_child_that_outlives_its_parent_keeps_no_lock(tmp_path):
     child = int(process.stdout.readline())
     try:
         process.kill()
-        process.returncode = warm.answer({"ended": process.pid})  # Its child holds the pipe that else tells this.
+        process.returncode = warm.parent().answer(
+            {"ended": process.pid}
+        )  # Its child holds the pipe that else tells this.
         with ft.Checkpoints(tmp_path) as checkpoints:
             checkpoints.open()
             os.kill(child, 0)  # It is still there.
