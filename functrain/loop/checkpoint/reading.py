@@ -26,9 +26,9 @@ class Restored(NamedTuple):
       metrics: the metrics that were saved with it.
       extra: what else was saved with it.
       path: its folder.
+      changed: the numbers of optimizers that were others, as was warned of: what was, what is now.
       report: with `regroup=True`, what became of optimizer state and averages, for `print`; None where nothing was
         regrouped.
-      changed: the numbers of optimizers that were others, as was warned of: what was, what is now.
     """
 
     state: TrainState
@@ -36,8 +36,8 @@ class Restored(NamedTuple):
     metrics: dict[str, float]
     extra: Any
     path: Path
-    report: Adoption | None = None
     changed: tuple[str, ...] = ()
+    report: Adoption | None = None
 
 
 def read(storage: Storage, checkpoint: Path, asked: Asked, *, regroup: bool) -> Restored:
@@ -74,4 +74,4 @@ def read(storage: Storage, checkpoint: Path, asked: Asked, *, regroup: bool) -> 
     )
     beside = contents.beside
     data, extra, numbers = decoded(beside.data), decoded(beside.extra), of_numbers(contents, asked)
-    return Restored(state, data, beside.metrics, extra, checkpoint, report, numbers)
+    return Restored(state, data, beside.metrics, extra, checkpoint, numbers, report)
