@@ -255,7 +255,7 @@ def test_data_metrics_and_more_come_back(tmp_path, data):
     with ft.Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, data=data, metrics={"loss": np.float32(0.5)}, extra={"epoch": 3})
         restored = checkpoints.restore(like=update.abstract(params))
-    assert restored[1:] == (data, {"loss": 0.5}, {"epoch": 3}, tmp_path / "1", None)
+    assert restored[1:] == (data, {"loss": 0.5}, {"epoch": 3}, tmp_path / "1", (), None)
 
 
 @pytest.mark.parametrize("name", ["data", "extra"])
