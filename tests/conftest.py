@@ -77,3 +77,11 @@ def no_donation_is_lost():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Some donated buffers were not usable")
         yield
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    """The library that strikes at operations on files, one for all processes, so that they have one parent."""
+    from faults import compiled
+
+    return compiled(tmp_path_factory.mktemp("shim"))

@@ -80,7 +80,7 @@ def finetuned():
             return result
 
         patch.setattr(ft, "fit", kept, raising=False)
-        patch.setattr("builtins.print", lambda text="": printed.append(str(text)))
+        patch.setattr("builtins.print", lambda text="", file=None, **_: file or printed.append(str(text)))
         results = finetune.main([])
     return results, "\n".join(printed), stages
 

@@ -45,9 +45,9 @@ def check_rates(lr: Mapping[str, Any] | None, trained: Sequence[str]) -> None:
 
 def checked_count(batches: Any, cycle: int, cycle_in_words: str) -> int:
     """The number of batches on a leading axis, which is a multiple of those in a cycle."""
-    if isinstance(batches, list | tuple) and len(batches) and not hasattr(batches, "_fields"):
+    if isinstance(batches, list) and all(isinstance(batch, Mapping | tuple) for batch in batches):
         raise UpdateError(
-            f"scan takes batches stacked on a leading axis, not a {type(batches).__name__} of {len(batches)}:"
+            f"scan takes batches stacked on a leading axis, not a list of {len(batches)}:"
             " jax.tree.map(lambda *leaves: np.stack(leaves), *batches)"
         )
     lengths = leading_lengths(batches)
