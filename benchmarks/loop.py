@@ -1,10 +1,11 @@
-"""What `fit` costs beside a bare `for` loop over the same update and the same batches, everything on."""
+"""What `fit` costs beside a bare `for` loop, everything on; slow data that is read in advance; batches of arrays."""
 
 import argparse
 import contextlib
 import functools
 import os
 import tempfile
+import time
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,72 @@ def everything(params: dict, update: ft.Update, data: object, evaluation: ft.Eva
         )  # fmt: skip
 
 
+class Slow:
+    """Batches in memory, each of which takes some time to read, in which the processor is free."""
+
+    def __init__(self, batches: list, seconds: float) -> None:
+        self.batches, self.seconds = batches, seconds
+
+    def __iter__(self):
+        for batch in self.batches:
+            time.sleep(self.seconds)
+            yield batch
+
+
+def slow_data(rounds: int) -> None:
+    """Data that takes as long to read as an update takes: to what takes the updates alone, the longer of both."""
+    params, update, data, _ = model(8192)
+    batches = [data.fetch(np.arange(i * BATCH, (i + 1) * BATCH)) for i in range(100)]
+    rows = [("something waits for", "data in memory", "slow data", "prefetch=2")]
+    for name, log in (("each update, such as a log", ft.Every(updates=1)), ("none", None)):
+        run = functools.partial(fitted, params, update, progress=False, log=log)
+        run(batches)
+        start = time.perf_counter()
+        run(batches)
+        slow = Slow(batches, (time.perf_counter() - start) / len(batches))
+        cases = {"memory": [batches, 0], "slow": [slow, 0], "prefetched": [slow, 2]}
+        runs = {case: functools.partial(run, data, prefetch=count) for case, (data, count) in cases.items()}
+        ratios = measure(runs, rounds=rounds, calls=1)
+        rows.append((name, *(f"{ratios[case]:.2f}" for case in cases)))
+    print_table("Batches whose reading takes as long as an update", rows)
+
+
+def gathering(rounds: int) -> None:
+    """A shuffled batch of `from_arrays`, of an epoch that is under way, to `numpy.take` of the same rows."""
+    rows = [("a batch", "numpy.take", "from_arrays")]
+    shapes = {
+        "128 images of 3 KB": ((60_000, 32, 32, 3), np.uint8, 128),
+        "64 rows of 16 KB": ((10_000, 4096), np.float32, 64),
+        "1,024 rows of 40 bytes": ((200_000, 10), np.float32, 1024),
+        "8,192 numbers of 4 bytes": ((1_000_000,), np.int32, 8192),
+    }
+    for name, (shape, dtype, size) in shapes.items():
+        array = np.ones(shape, dtype)
+        ratios = measure(_gatherers(array, ft.from_arrays({"x": array}, size, seed=1)), rounds=5 * rounds, calls=100)
+        rows.append((name, "1.00", f"{ratios['from_arrays']:.2f}"))
+    print_table("Gathering a batch", rows)
+
+
+def _gatherers(array: np.ndarray, data: ft.Data) -> dict:
+    order = np.random.default_rng(0).permutation(len(array))  # Of other rows, which are in no cache for it.
+    batches, start = data.epoch(0), 0
+
+    def take() -> None:
+        nonlocal start
+        start = (start + data.batch_size) % len(array)
+        np.take(array, order[start : start + data.batch_size], axis=0)
+
+    def from_arrays() -> None:
+        nonlocal batches
+        try:
+            next(batches)
+        except StopIteration:
+            batches.set_state({"next_index": 0})
+            next(batches)
+
+    return {"take": take, "from_arrays": from_arrays}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
@@ -76,6 +143,8 @@ def main() -> None:
         scale = f"{1e3 * ratios['seconds'] / STEPS:.2f} ms"
         rows.append((scale, "1.000", f"{ratios['fit']:.3f}", f"{ratios['everything']:.3f}"))
     print_table(f"An epoch of {STEPS:,} updates, with evaluation, checkpoints, logs, bar and early stopping", rows)
+    slow_data(rounds)
+    gathering(rounds)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,19 @@ import numpy as np
 
 
 def put(batch: Any, sharding: jax.sharding.Sharding | None) -> Any:
-    """A batch where a sharding says; in a run of several processes each gives its own slice."""
+    """A batch where a sharding says; in a run of several processes each gives its own slice, what is there stays."""
     if sharding is None:
         return batch
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
+    return jax.tree.map(
+        lambda leaf: leaf if _lies(leaf, sharding) else jax.make_array_from_process_local_data(sharding, leaf), batch
+    )
+
+
+def put_ahead(batch: Any, sharding: jax.sharding.Sharding | None) -> Any:
+    """A batch on its way to the devices, before it is needed: where a sharding says, or to the first one."""
+    return jax.device_put(batch) if sharding is None else put(batch, sharding)
 
 
 def put_stacked(batches: Sequence[Any], sharding: jax.sharding.Sharding | None) -> Any:
@@ -28,6 +35,10 @@ def put_stacked(batches: Sequence[Any], sharding: jax.sharding.Sharding | None) 
 def are_alike(batches: Sequence[Any]) -> bool:
     """Whether batches have one structure, and their leaves the same shapes and dtypes."""
     return len({*map(_signature, batches)}) == 1
+
+
+def _lies(leaf: Any, sharding: jax.sharding.Sharding) -> bool:
+    return isinstance(leaf, jax.Array) and leaf.sharding == sharding
 
 
 def _stacked(*leaves: Any) -> Any:

@@ -17,6 +17,7 @@ from functrain.loop.batches import put
 from functrain.loop.every import Every
 from functrain.loop.metrics import OnHost
 from functrain.loop.names import named_values
+from functrain.loop.tensors import arrays_of
 from functrain.tree.arrays import replicated_over, wide
 from functrain.tree.paths import PyTree
 from functrain.tree.text import listed
@@ -190,6 +191,7 @@ class Evaluation:
 
     def _padded(self, batch: Any, size: int, params: Any, model_state: Any) -> tuple[Any, np.ndarray]:
         """A batch and the mask of its real examples; a short one is filled with its last, unless a scalar shows."""
+        batch = arrays_of(batch)
         if isinstance(batch, Mapping) and "weight" in batch:
             return batch, np.asarray(batch["weight"], np.float32)
         length = _length(batch)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 
 from functrain.errors import FitError
 from functrain.loop.autopsy import autopsy_of
+from functrain.loop.batches import put_ahead
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.compiling import keep_programs
@@ -67,6 +69,7 @@ def fit(
     stop: EarlyStopping | None = None,
     hooks: Sequence[Hook] = (),
     unroll: int = 1,
+    prefetch: int = 0,
     sharding: jax.sharding.Sharding | None = None,
     load_best_on_end: bool | str = False,
     regroup: bool = False,
@@ -107,6 +110,9 @@ def fit(
       stop: when to stop early.
       hooks: more that is done in a run.
       unroll: turns of the update (windows, and with phases whole cycles) in one dispatch, `update.scan`.
+      prefetch: batches that a thread reads, and sends to the device, while the one before is computed; for data that
+        is slow beside updates that something waits for, such as a log of each. The data must not depend on the run, and
+        give each batch memory of its own; what is read in advance when a run ends is lost to an iterator without state.
       sharding: where batches go, those of evaluations too; by default as `jax.jit` has it.
       load_best_on_end: return the state of the best checkpoint, by its `keep_best`; of several, the name of one.
       regroup: take a checkpoint of other parts or optimizers, and print what became of their state; see
@@ -148,7 +154,7 @@ def fit(
         load_best_on_end=load_best_on_end,
     )
     check_results(plan.evaluations, watching, plan.kept_best, state)
-    run = _run(update, state, data, plan, compilation_cache)
+    run = _run(update, state, data, plan, prefetch, compilation_cache)
     with StopSignals() as signals, contextlib.ExitStack() as stack:
         _begin(run, plan, stack, regroup=regroup, fresh=fresh)
         bar = progress_shown(run, epochs=epochs, steps=steps, data=data, wanted=progress)
@@ -159,10 +165,14 @@ def fit(
     return _result(run)
 
 
-def _run(update: Update, state: TrainState, data: Iterable[Any], plan: Plan, compilation_cache: Any) -> Run:
+def _run(
+    update: Update, state: TrainState, data: Iterable[Any], plan: Plan, prefetch: int, compilation_cache: Any
+) -> Run:
     """Where a run stands before it begins."""
     keep_programs(compilation_cache)
-    return Run(update, state, Reader(data), plan.rows.add)
+    # What is read in advance goes to the device at once, but for a scan, which stacks it first.
+    place = functools.partial(put_ahead, sharding=plan.sharding) if plan.unroll == 1 else None
+    return Run(update, state, Reader(data, prefetch, place), plan.rows.add)
 
 
 def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, fresh: bool) -> None:
@@ -195,7 +205,10 @@ def _go_through(
     error: BaseException | None = None
     try:
         plan.hooks.tell("run_started", run)
-        train(run, plan, signals, show)
+        try:
+            train(run, plan, signals, show)
+        finally:
+            run.reader.rest()
     except BaseException as raised:
         error = raised
         if autopsy and plan.saver and raised is run.watch.raised:

@@ -1,13 +1,19 @@
 """The one owner of the position in the data."""
 
 import collections
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from functrain.errors import FitError
 from functrain.loop.batches import are_alike
+from functrain.loop.prefetch import Prefetched
+from functrain.loop.tensors import arrays_of
 from functrain.loop.warn import warn
 from functrain.loop.workers import Workers
+
+_END = object()
 
 
 def _at_once(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -28,15 +34,22 @@ class Reader:
     Args:
       data: batches, in an iterable that is read once an epoch, or one with `epoch(number)`. Where its iterators have
         `get_state` and `set_state`, a position in the middle of an epoch can be gone back to.
+      prefetch: how many batches a thread reads in advance; with 0 none does.
+      place: what that thread sends each with to where it is needed.
 
     Attributes:
       read: how many batches of this epoch were given out; 0 between two epochs.
     """
 
-    def __init__(self, data: Iterable[Any]) -> None:
+    def __init__(self, data: Iterable[Any], prefetch: int = 0, place: Callable[[Any], Any] | None = None) -> None:
+        if not isinstance(prefetch, int) or prefetch < 0:
+            raise FitError(f"prefetch={prefetch!r}: give the number of batches to read in advance, such as 2")
         self.read = 0
         self._data: Any = data
+        self._prefetch = prefetch
+        self._prepare: Callable[[Any], Any] = (lambda batch: place(arrays_of(batch))) if place else arrays_of
         self._batches: Iterator[Any] | None = None
+        self._prefetched: Prefetched | None = None
         self._workers = Workers()
         self._is_resumable = False
         self._is_cut_off = False
@@ -87,6 +100,8 @@ class Reader:
             )
             self.read, self._began_again = 0, True
         self._batches, self._position = batches, None
+        if self._prefetch:
+            self._prefetched = Prefetched(batches, self._prefetch, self._prepare)
 
     def next_chunk(self, count: int = 1, wait: Callable[..., Any] = _at_once) -> list[Any] | None:
         """The next batches, as many as asked for if these are alike, else one; none at the end of the epoch.
@@ -97,7 +112,7 @@ class Reader:
         if not self._ahead:
             if count == 1:
                 self._position = self._reached()
-                chunk: list[Any] | None = wait(list, itertools.islice(self._source(), 1))
+                chunk: list[Any] | None = wait(list, itertools.islice(self._left(), 1))
                 self._is_cut_off = chunk is None
                 self.read += len(chunk or ())
                 return chunk
@@ -117,7 +132,12 @@ class Reader:
 
     def end_epoch(self) -> None:
         """Stands between two epochs."""
-        self.read, self._batches, self._position = 0, None, None
+        self.read, self._batches, self._prefetched, self._position = 0, None, None, None
+
+    def rest(self) -> None:
+        """Reads no more in advance: the data is the program's again."""
+        if self._prefetched is not None:
+            self._prefetched.stop()
 
     def close(self) -> None:
         """Ends the processes that read ahead, of a run that ends here; at most some two seconds."""
@@ -137,15 +157,21 @@ class Reader:
         return not self._is_cut_off
 
     def _next_batches(self, count: int) -> list[tuple[Any, Any]]:
-        return [(batch, self._reached()) for batch in itertools.islice(self._source(), count)]
+        return [(batch, self._reached()) for batch in itertools.islice(self._left(), count)]
+
+    def _left(self) -> Iterator[Any]:
+        # By `next` alone: there are iterators whose `__iter__` begins anew.
+        source = self._source()
+        while (batch := next(source, _END)) is not _END:
+            yield arrays_of(batch)
 
     def _reached(self) -> Any:
-        """The position behind the last batch that was read."""
-        return self._source().get_state() if self._is_resumable else None
+        """The position behind the last batch that was read: a copy, as an iterator may give an object that it keeps."""
+        return copy.deepcopy(self._source().get_state()) if self._is_resumable else None
 
     def _source(self) -> Any:
         assert self._batches is not None
-        return self._batches
+        return self._prefetched or self._batches
 
 
 def _can_be_resumed(batches: Any) -> bool:

@@ -7,13 +7,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-_PATIENCE = 1.0  # Seconds.
+_PATIENCE = 0.5  # Seconds.
 
 _started: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
 
 
 def started(call: Callable[..., None], *arguments: Any) -> threading.Thread:
-    """A thread that runs a call, and that the end of the process waits for at most a second."""
+    """A thread that runs a call, and that the end of the process waits for at most half a second."""
     thread = threading.Thread(target=call, args=arguments, daemon=True, name="functrain-reads")
     _started.add(thread)
     thread.start()
@@ -21,7 +21,7 @@ def started(call: Callable[..., None], *arguments: Any) -> threading.Thread:
 
 
 def ended(thread: threading.Thread) -> None:
-    """Waits for a thread for at most a second, and then no more, also at the end of the process."""
+    """Waits for a thread for at most half a second, and then no more, also at the end of the process."""
     thread.join(_PATIENCE)
     _started.discard(thread)
 

@@ -65,6 +65,16 @@ def test_batches_that_were_read_ahead_are_read_again(tmp_path, unroll):
     assert finished(tmp_path, "sleep") == finished(tmp_path / "whole", "sleep")
 
 
+@pytest.mark.parametrize(("data", "unroll"), [("sleep", 1), ("cling", 1), ("take", 4), ("grain", 1)])
+def test_a_thread_that_waits_for_data_ends_with_the_run_and_what_it_had_read_is_read_again(tmp_path, data, unroll):
+    output, exit_code = stopped(tmp_path, data, signal.SIGTERM, prefetch=2, unroll=unroll)
+    taken = int(output.partition("ended at ")[2].split()[0])
+    assert exit_code == 143
+    assert taken < AT  # It waits while the batches before it are trained on.
+    assert saved(tmp_path)[0] == str(taken)
+    assert finished(tmp_path, data, prefetch=1) == finished(tmp_path / "whole", data)
+
+
 def test_a_second_signal_acts_at_once_also_while_the_first_one_is_acted_on(tmp_path):
     _, exit_code = stopped(tmp_path, "sleep", signal.SIGTERM, signal.SIGTERM)
     assert exit_code in (143, -signal.SIGTERM)

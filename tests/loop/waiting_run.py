@@ -138,6 +138,7 @@ def main():
     parser.add_argument("data", choices=[*WAITS, *PIPELINES])
     parser.add_argument("--waits", type=int, default=0)
     parser.add_argument("--unroll", type=int, default=1)
+    parser.add_argument("--prefetch", type=int, default=0)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     absl.flags.FLAGS.mark_as_parsed()  # Which Grain asks for in a program that does not parse them.
@@ -149,7 +150,8 @@ def main():
     else:
         data = Data(WAITS[args.data] if args.waits else None)
     result = ft.fit(
-        update, update.init(params), data, epochs=EPOCHS, unroll=args.unroll, hooks=[Told()],
+        update, update.init(params), data, epochs=EPOCHS, unroll=args.unroll, prefetch=args.prefetch,
+        hooks=[Told()],
         checkpoints=ft.Checkpoints(args.directory, every=ft.Every(updates=100)),
     )  # fmt: skip
     print(json.dumps({"digest": digest(result.state), "step": int(result.state.step)}))
