@@ -26,10 +26,11 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 soak: .venv/.dev
-	SOAK=20 $(BIN)/pytest -q -n 2 tests/loop/test_resume.py -k killed_at_random
+	SOAK=50 $(BIN)/pytest -q -n 2 tests/loop/test_resume.py -k "killed_at_random or phases_killed"
 	$(BIN)/python tests/attack --most 500
 	-$(BIN)/python tests/attack --most 100 --orbax
 	SOAK=20 $(BIN)/pytest -q -n 2 tests/optim/test_multi_transform.py tests/auditing/test_audit.py
+	SOAK=20 $(BIN)/pytest -q -n 2 tests/optim/test_optax_own.py tests/update/test_extra_arguments.py
 
 bench: .venv/.bench
 	$(BIN)/python benchmarks/partition.py

@@ -92,7 +92,7 @@ class Source:
         return 2 * BATCHES
 
     def __getitem__(self, index):
-        print("worker", os.getpid(), flush=True)
+        os.write(1, f"worker {os.getpid()}\n".encode())  # At once: there are two of them.
         if self.waits and index >= AT:
             print("waiting", flush=True)
             time.sleep(1000)

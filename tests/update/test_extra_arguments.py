@@ -8,6 +8,7 @@ import optax.contrib
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from soak import SOAK
 from trees import bits, says
 
 import functrain as ft
@@ -232,7 +233,7 @@ def test_an_optimizer_that_asks_for_more_steps_to_the_bit_as_in_optax(run, name)
     assert (after["body"]["w"] != params()["body"]["w"]).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"microbatches": 3}], ids=["whole", "microbatches"])
+@pytest.mark.parametrize("options", [{}] + [{"microbatches": 3}] * (SOAK > 1))
 def test_lbfgs_with_its_line_search_beside_an_adam_reaches_the_optimum_of_scikit_learn(options):
     digits = load_digits()
     x, y = digits.data / 16.0, digits.target  # 1,797 examples: a multiple of 3.
