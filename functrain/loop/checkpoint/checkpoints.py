@@ -53,7 +53,7 @@ class Checkpoints:
     last, when all else is on the disk. On restore the checksums are verified: a damaged checkpoint is renamed to
     "120.corrupt", with a warning, and the newest sound one is used. What is in the folder besides is left alone,
     whatever its name. One process at a time may write to a folder (or the processes of one `jax.distributed` run).
-    Close it, as `with` does: a save that is still going on when a program ends without that is lost.
+    Close it, as `with` does, to let others write there; a program that ends without that ends its last save first.
 
     Args:
       directory: a folder on a local or mounted file system; it is made.

@@ -1,5 +1,8 @@
 """Checkpoints written one after the other while training goes on."""
 
+import os
+import threading
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -34,6 +37,16 @@ class Writer:
     def start(self) -> None:
         """Makes the thread."""
         self._thread = ThreadPoolExecutor(1, "functrain-checkpoints")
+        self._process = os.getpid()
+        _RUNNING.add(self)
+
+    def end(self) -> None:
+        """Waits for the last checkpoint as the program ends, and says so if it failed."""
+        try:
+            if self._process == os.getpid():
+                self.wait()
+        except SaveError as error:
+            warn(str(error))
 
     def write(
         self,
@@ -107,3 +120,16 @@ class Writer:
         if jax.process_index() == 0:
             self._staging.clear()
         return self.failure
+
+
+_RUNNING: weakref.WeakSet[Writer] = weakref.WeakSet()
+
+
+def _end_all() -> None:
+    for writer in list(_RUNNING):
+        writer.end()
+
+
+# A program that ends without closing its checkpoints: atexit comes when no thread can be begun any more, on which Orbax
+# relies; this comes before that, as concurrent.futures has its own of it.
+threading._register_atexit(_end_all)  # type: ignore[attr-defined]

@@ -212,6 +212,15 @@ def test_what_orbax_left_out_without_a_word_fails_the_save(tmp_path, monkeypatch
     assert names(checkpoints) == []
 
 
+@pytest.mark.parametrize("ends", ["", "raise KeyError", "if os.fork() == 0: sys.exit()"])
+def test_a_program_that_ends_without_closing_its_checkpoints_ends_its_save(tmp_path, ends):
+    ended = run(f"checkpoints = ft.Checkpoints(sys.argv[1])\ncheckpoints.save(state)\n{ends}", tmp_path)
+    assert ended.returncode == (ends == "raise KeyError"), ended.stderr
+    assert names(ft.Checkpoints(tmp_path)) == ["0"]
+    assert manifest.damage(tmp_path / "0") is None
+    assert "Traceback" not in ended.stderr.replace("Traceback", "", ends == "raise KeyError")
+
+
 def test_a_failed_save_is_told_beside_the_error_that_ends_a_with_block(tmp_path):
     _, _, state = updated(1)
 
