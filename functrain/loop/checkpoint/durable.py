@@ -44,15 +44,9 @@ def files_in(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names)
 
 
-def write_whole(path: Path, text: str, *, by: Path | None = None) -> None:
-    """Writes a file that is either not there or complete, and on the disk.
-
-    Args:
-      path: the file.
-      text: what is in it.
-      by: what it is called until then; by default a hidden name beside it.
-    """
-    temporary = by or path.with_name(f".{path.name}.tmp")
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is either not there or complete, and on the disk; until then it has a hidden name."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w") as file:
             file.write(text)

@@ -174,6 +174,10 @@ class Folder:
                 return {each.name: each.is_dir() for each in found}
 
         try:
+            if insisted(contents_file(self.directory).exists):
+                raise CheckpointError(
+                    f"{self.directory} is a checkpoint itself: give its folder, {self.directory.parent}"
+                )
             return insisted(listed)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and not self._is_made:

@@ -22,12 +22,11 @@ class Lock:
     def __init__(self, directory: Path, *, wanted: bool = True) -> None:
         self._directory, self._wanted = directory, wanted
         self._descriptor: int | None = None
-        self._is_held = False
 
     @property
     def is_held(self) -> bool:
         """Whether this process has it."""
-        return self._is_held
+        return self._descriptor is not None
 
     def acquire(self) -> None:
         """Takes the lock, and makes the directory.
@@ -51,14 +50,14 @@ class Lock:
             except OSError as error:
                 os.close(descriptor)
                 raise self._refused(error) from None
-        self._descriptor, self._is_held = descriptor, True
+        self._descriptor = descriptor
         _HELD.add(self)
 
     def release(self) -> None:
         """Lets others have it; may be called twice."""
         if self._descriptor is not None:
             os.close(self._descriptor)
-        self._descriptor, self._is_held = None, False
+        self._descriptor = None
 
     def _refused(self, error: OSError) -> CheckpointError | SaveError:
         if isinstance(error, BlockingIOError):

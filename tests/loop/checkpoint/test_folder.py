@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from states import at, batch_of, everything, like, names, one_part, saved, simple, updated
+from states import at, batch_of, copied, everything, like, names, one_part, saved, simple, updated
 from trees import bits, says
 
 import functrain as ft
@@ -275,6 +275,23 @@ def test_any_name_of_a_folder_will_do(tmp_path, name, inner):
         assert (restored.data, restored.path) == ({"position": 2}, (directory / "2").absolute())
         assert bits(restored.state) == bits(at(2, state))
     assert ft.Checkpoints(tmp_path).restore(like=state, step=directory / "2").data == {"position": 2}
+
+
+def test_a_checkpoint_is_no_folder_of_checkpoints(sound, tmp_path):
+    """What is saved in one would go with it."""
+    directory = copied(sound, tmp_path)
+    before = everything(directory / "2")
+    for attempt in (
+        lambda checkpoints: checkpoints.restore(like=like()),
+        lambda checkpoints: checkpoints.start_anew(),
+        lambda checkpoints: ft.load_params(checkpoints.directory, like={}),
+    ):
+        told = says("/2 is a checkpoint itself: give its folder", str(directory))
+        with pytest.raises(CheckpointError, match=told), ft.Checkpoints(directory / "2") as checkpoints:
+            attempt(checkpoints)
+    with ft.Checkpoints(directory / "2") as checkpoints, pytest.raises(ft.SaveError, match="is a checkpoint itself"):
+        checkpoints.save(updated(1)[2])
+    assert {name: each for name, each in everything(directory / "2").items() if name in before} == before
 
 
 # Options.
