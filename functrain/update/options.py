@@ -7,6 +7,7 @@ from functrain.errors import UpdateError
 from functrain.optim.optimizer import Optimizer
 from functrain.update.ema import Averages
 from functrain.update.precision import DynamicScale
+from functrain.update.surgery import Surgery
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,6 +26,7 @@ class Options:
     loss_scale: DynamicScale | None = None
     averages: Averages | None = None
     narrow: Any = None
+    surgery: Surgery | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.optim, Optimizer):
@@ -38,6 +40,11 @@ class Options:
             raise UpdateError(f"remainder={self.remainder!r}: write 'flush', 'drop' or 'carry'")
         if self.nonfinite not in ("ignore", "skip"):
             raise UpdateError(f"nonfinite={self.nonfinite!r}: write 'ignore' or 'skip'")
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether the gradient of each loss is computed by itself."""
+        return self.surgery is not None and "per_loss" in self.surgery.declares
 
     @property
     def skips(self) -> bool:

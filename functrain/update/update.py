@@ -92,6 +92,8 @@ class Update:
         required = {name for phase in self.schedule.phases for name in required_context(phase.loss_fn)}
         if absent := [name for name in given if name in required and given[name] is None]:
             raise UpdateError(f"the loss function declares {listed(absent)}: update.init(params, {absent[0]}=...)")
+        if key is None and self.options.surgery is not None and self.options.surgery.needs_key:
+            raise UpdateError("the function of gradients= declares key: update.init(params, key=...)")
         return initial_state(
             self.options, params, model_state=model_state, key=key, configuration=self.configuration, copy=copy
         )
