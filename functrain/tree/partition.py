@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from functrain.errors import PartitionError
+from functrain.tree.arrays import is_array
 from functrain.tree.paths import Flat, PyTree, check_paths, difference_from, flatten
 from functrain.tree.selectors import Selector, describe, matcher, resolved, unmatched
 from functrain.tree.text import aligned, bytes_in_words, did_you_mean, leaves_in_words, listed
@@ -39,12 +40,14 @@ class Partition:
       names: the parts, in the order of their rules.
       leaves: every leaf, in the tree's order.
       selectors: what each part was selected by, for display.
+      rest: the leaves that are no arrays, by path, such as the functions in a module of Equinox.
     """
 
     names: tuple[str, ...]
     leaves: tuple[Leaf, ...]
     selectors: tuple[str, ...]
     treedef: jax.tree_util.PyTreeDef
+    rest: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def paths(self, part: str) -> tuple[str, ...]:
         """The paths of a part's leaves, in the tree's order.
@@ -239,6 +242,7 @@ def partition(
         leaves=tuple(Leaf(path, owner[path], *_shape_dtype(leaf)) for path, leaf in flat.items()),
         selectors=tuple(describe(selector) for selector in rules.values()),
         treedef=jax.tree.structure(params),
+        rest={path: leaf for path, leaf in flat.items() if not is_array(leaf)},
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from functrain.errors import UpdateError
 from functrain.optim.optimizer import Optimizer
+from functrain.tree.rest import Whole
 from functrain.update.ema import Averages
 from functrain.update.precision import DynamicScale
 from functrain.update.surgery import Surgery
@@ -27,10 +28,9 @@ class Options:
     averages: Averages | None = None
     narrow: Any = None
     surgery: Surgery | None = None
+    whole: Whole
 
     def __post_init__(self) -> None:
-        if not isinstance(self.optim, Optimizer):
-            raise UpdateError(f"make_update(loss_fn, optim) takes an ft.Optimizer, not {type(self.optim).__name__}")
         if self.loss_scale is not None and not isinstance(self.loss_scale, DynamicScale):
             raise UpdateError(f"loss_scale={self.loss_scale!r}: write ft.DynamicScale(initial=2.0**15)")
         for name, count in (("accumulate", self.accumulate), ("microbatches", self.microbatches)):

@@ -153,7 +153,12 @@ class Step:
             return _Grads(computed, computed)
         key = self._key(state, repeat)
         per_loss = grads if self.options.by_loss else None
-        given = {"per_loss": per_loss, "step": state.step, "params": state.params, "metrics": metrics}
+        given = {
+            "per_loss": per_loss,
+            "step": state.step,
+            "params": self.options.whole.tree(state.params),
+            "metrics": metrics,
+        }
         return _Grads(computed, surgery(computed, key=key, **given))
 
     def _value(self, state: TrainState, batch: Any, repeat: int, part: str, params: PyTree) -> Any:
