@@ -52,9 +52,12 @@ class Optimizer(Assignment):
         ones are scaled down. `{part: norm}` clips these parts, and no others.
       clip_by: of what it is the norm: "all" parts together, the default; each "part", the default for norms by part; or
         each "tensor".
+      frozen_until: `{part: step}`, parts that join a run on the way: they make their first update when it has finished
+        that many steps, and cost nothing before: no gradient, no program that computes one, no change of their state.
 
     Raises:
-      OptimizerError: a part without a transform, a transform without a part, or a norm that is none.
+      OptimizerError: a part without a transform, a transform without a part, a norm that is none, or a step from which
+        no trained part can join.
     """
 
     def init(self, params: PyTree) -> dict[str, Any]:
