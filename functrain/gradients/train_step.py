@@ -93,6 +93,7 @@ def make_gradient(
     loss_weights: Mapping[str, Weight] | None = None,
     per_loss: bool = False,
     audit: str | None = None,
+    held: Sequence[str] = (),
 ) -> Callable[..., tuple[Any, Loss, Any]]:
     """What `make_train_step` and the compiled update are made of.
 
@@ -105,6 +106,7 @@ def make_gradient(
       loss_weights: as for `make_train_step`.
       per_loss: as for `make_train_step`.
       audit: check when it is traced that the loss reaches the parts, and call it so: " of phase 'critic'". None: don't.
+      held: parts that the route names and that are not differentiated for now.
 
     Returns:
       `gradient(params, batch, context, scale=None) -> (grads, loss, total)`; `total` is what was minimised: the
@@ -117,7 +119,7 @@ def make_gradient(
         raise LossError("route, loss_weights and per_loss exclude each other: put the weights into the route")
     if route is not None and parts is None:
         raise LossError("route needs a partition: make_train_step(loss_fn, parts, route=...)")
-    routes = None if route is None else normalised(route, wrt)
+    routes = None if route is None else normalised(route, (*wrt, *held))
 
     def gradient(params: PyTree, batch: Any, context: Context, scale: Any = None) -> tuple[Any, Loss, Any]:
         reached: set[tuple[str, str]] = set()
@@ -179,9 +181,10 @@ def _routed(
     of_route: set[tuple[str, str]] = set()
     for weighting in weightings(list(values), routes):
         reached.clear()
-        of_all = _pulled_back(objective, weighting.weights, tangents, values, differentiated)
-        grads |= {part: of_all[part] for part in weighting.parts}
-        of_route |= {(part, path) for part, path in reached if part in weighting.parts}
+        mine = [part for part in weighting.parts if part in differentiated]
+        of_all = _pulled_back(objective, weighting.weights, tangents, values, differentiated) if mine else {}
+        grads |= {part: of_all[part] for part in mine}
+        of_route |= {(part, path) for part, path in reached if part in mine}
     reached.clear()
     reached |= of_route
     return grads, loss, loss.total

@@ -10,8 +10,9 @@ from functrain.optim.optimizer import Optimizer
 from functrain.tree.selectors import Selector
 from functrain.update.ema import averages_of
 from functrain.update.options import Options
-from functrain.update.phases import Alternation, scheduled
+from functrain.update.phases import Alternation, Phase, scheduled
 from functrain.update.precision import DynamicScale, caster, narrow_dtype, on_narrow_batches
+from functrain.update.stages import with_reach_checked
 from functrain.update.step import After, Step
 from functrain.update.target import bound
 from functrain.update.update import Update
@@ -51,9 +52,10 @@ def make_update(
       loss_fn: as for `make_train_step`, or phases with a loss function each: `alternate(...)`. Its key is
         `fold_in(fold_in(key, batches), index of the phase)`, with the microbatch's index folded in where there are
         several; its `step` is the number of finished windows.
-      optim: the optimizer. The gradients of `optim.trained` are computed and no others. Its transforms are given those
-        of optax's extra arguments that they declare: `value`, the loss that their part learns from, `value_fn`, the
-        same as a function of their part's leaves (not with `accumulate`), `grad` and `grad_fn`.
+      optim: the optimizer. The gradients of `optim.trained` are computed and no others, nor of a part that is frozen
+        until a step before that. Its transforms are given those of optax's extra arguments that they declare: `value`,
+        the loss that their part learns from, `value_fn`, the same as a function of their part's leaves (not with
+        `accumulate`), `grad` and `grad_fn`; and `step`, the number of finished windows.
       accumulate: batches in a window, which makes one optimizer step from their gradients, weighted by `Loss.weight`.
       microbatches: slices of a batch that are computed one after the other, for memory; the batch's leading axis must
         be a multiple of it. The result is that of the whole batch, where the loss is a mean over `Loss.weight`.
@@ -98,20 +100,27 @@ def make_update(
     )
     cast = caster(optim.parts, compute_dtype)
     schedule = scheduled(loss_fn, optim, accumulate, route=route, loss_weights=loss_weights)
-    steps = []
-    for index, phase in enumerate(schedule.phases):
+
+    def step_of(index: int, phase: Phase, begin: int) -> Step:
+        """The step of a phase in the stage that begins at a step."""
         loss = on_narrow_batches(phase.loss_fn, options.narrow, cast_batch)
         losses: Any = {"cast": cast, "route": phase.route, "loss_weights": phase.loss_weights}
         where = (f" of phase {phase.name!r}" if phase.name else "") if audit else None
-        steps.append(
-            Step(
-                name=phase.name,
-                index=index,
-                parts=phase.trained,
-                gradient=make_gradient(loss, optim.parts, phase.trained, **losses, audit=where),
-                objective=make_objective(loss, phase.trained, **losses),
-                after=tuple(bound(each, optim) for each in (phase.after, after) if each is not None),
-                options=options,
-            )
+        trained = tuple(part for part in phase.trained if part in optim.trained_at(begin))
+        gradient = make_gradient(loss, optim.parts, phase.trained, **losses, audit=where)
+        if trained != phase.trained:
+            held = [part for part in phase.trained if part not in trained]
+            of_stage = make_gradient(loss, optim.parts, trained, **losses, held=held)
+            gradient = with_reach_checked(of_stage, gradient) if audit else of_stage
+        return Step(
+            name=phase.name,
+            index=index,
+            parts=trained,
+            gradient=gradient,
+            objective=make_objective(loss, phase.trained, **losses),
+            after=tuple(bound(each, optim) for each in (phase.after, after) if each is not None),
+            options=options,
         )
-    return Update(schedule, tuple(steps), options)
+
+    stages = tuple(tuple(step_of(i, phase, begin) for i, phase in enumerate(schedule.phases)) for begin in optim.stages)
+    return Update(schedule, stages, options)
