@@ -32,7 +32,7 @@ def compile_for(
     else:
         measures = end is None or end // log.updates > run.step // log.updates
     is_cut_short = (run.reader.batches_an_epoch or 0) % run.update.accumulate > 0
-    run.update.compile(run.state, batch, scan=scan, measured=measures, flush=is_cut_short)
+    run.update.compile(run.state, batch, scan=scan, measured=measures, flush=is_cut_short, until=end)
 
 
 def _most_steps(run: Run, *, epochs: int | None, steps: int | None) -> int | None:
