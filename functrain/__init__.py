@@ -29,7 +29,7 @@ from functrain.gradients.accumulation import Accumulated, accumulate, zeros
 from functrain.gradients.loss import Loss
 from functrain.gradients.train_step import make_train_step
 from functrain.optim.adoption import Adoption
-from functrain.optim.learning_rate import with_lr
+from functrain.optim.hyperparameters import with_lr, with_state
 from functrain.optim.optimizer import Optimizer
 from functrain.optim.transforms import FROZEN
 from functrain.tree.partition import Partition, partition
@@ -129,6 +129,7 @@ __all__ = [
     "take",
     "unflatten",
     "with_lr",
+    "with_state",
     "zeros",
 ]
 

@@ -122,9 +122,10 @@ def fit(
         operation it was; False leaves that out.
       compilation_cache: a folder in which JAX keeps what it compiles, so that a run that is started again compiles
         nothing. It is set for the process, as by `jax.config`, and stays so after the run.
-      rates: with whose learning rates a run goes on where a part's constant `with_lr` was changed since it was saved:
-        the "program"'s or the "checkpoint"'s, with a warning of both. What a hook has set stays where the program says
-        what it said. Rates that are no state (schedules, `optax.adam(1e-3)`) are always the program's.
+      rates: with whose learning rates, and other hyperparameters, a run goes on where a constant of a part's `with_lr`
+        or `with_state` was changed since it was saved: the "program"'s or the "checkpoint"'s, with a warning of both.
+        What a hook has set stays where the program says what it said. What is no state (schedules,
+        `optax.adam(1e-3)`) is always the program's.
 
     Returns:
       A `Result`.

@@ -50,13 +50,19 @@ class Rows:
             logger.log(run.step, {name: value for name, value in row.items() if name != "step"})
 
     def training(self, run: Run, now: Moment) -> dict[str, float]:
-        """The numbers of training up to now: the newest metrics, speed, learning rates."""
+        """The numbers of training up to now: the newest metrics, speed, hyperparameters."""
         row = flattened({"train": run.newest_metrics()})
         if (elapsed := now.seconds - self._since.seconds) > 0:
             row["train/steps_per_second"] = (now.step - self._since.step) / elapsed
-        rates, joined = run.update.optim.learning_rates(run.state.opt_state), run.update.optim.trained_at(now.step - 1)
+        optim = run.update.optim
+        named, joined = optim.hyperparameters(run.state.opt_state), optim.trained_at(now.step - 1)
         self._since, self._trained = now, now.step
-        return row | {f"train/learning_rate/{part}": float(rate) for part, rate in rates.items() if part in joined}
+        return row | {
+            f"train/{name}/{part}": float(value)
+            for part in named
+            if part in joined
+            for name, value in named[part].items()
+        }
 
     def has_training(self, run: Run) -> bool:
         """Whether the training up to the run's step has a row."""

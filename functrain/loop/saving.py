@@ -16,10 +16,12 @@ from functrain.loop.hooks import Hooks
 from functrain.loop.logs import flattened
 from functrain.loop.run import Run
 from functrain.loop.warn import warn
-from functrain.optim.learning_rate import rates_in
+from functrain.optim.held import RATE, settings_in
 from functrain.update.state import TrainState
 
 Rates: TypeAlias = Literal["program", "checkpoint"]
+Constants: TypeAlias = dict[tuple[str, str], float]
+"""The hyperparameters that no schedule says, by part and name."""
 
 
 class Saver:
@@ -28,7 +30,7 @@ class Saver:
     Args:
       checkpoints: where.
       hooks: whose states are saved too.
-      rates: whose constant learning rates a run goes on with, where the program's are others than when it was saved.
+      rates: whose constant hyperparameters a run goes on with, where the program's are others than when it was saved.
     """
 
     def __init__(self, checkpoints: Checkpoints, hooks: Hooks, rates: Rates = "program") -> None:
@@ -36,9 +38,9 @@ class Saver:
         self._hooks = hooks
         self._wins = rates
         self._saved: tuple[int, ...] | None = None
-        # What the program says, and what it said when the rates that the run has were taken from it.
-        self._given: dict[str, float] = {}
-        self._taken: dict[str, float] = {}
+        # What the program says, and what it said when the constants that the run has were taken from it.
+        self._given: Constants = {}
+        self._taken: Constants = {}
 
     def save(self, run: Run) -> None:
         """Starts to save, unless this moment is saved already.
@@ -57,7 +59,8 @@ class Saver:
             # Without an update after it, an epoch's end logs those of the update before it.
             "metrics": flattened(run.newest_metrics()),
             "hooks": self._hooks.states(),
-            "rates": self._taken,
+            "rates": {part: value for (part, name), value in self._taken.items() if name == RATE},
+            "hyperparameters": [[*which, value] for which, value in self._taken.items() if which[1] != RATE],
         }
         try:
             self.checkpoints.save(run.state, data=run.reader.position, metrics=scalars(run.evaluated), extra=extra)
@@ -69,7 +72,7 @@ class Saver:
 
     def restore(self, run: Run, *, regroup: bool) -> Restored | None:
         """Has a run go on from the newest sound checkpoint, if there is one."""
-        self._given = self._taken = _constant_rates(run.state)
+        self._given = self._taken = _constants(run.state)
         restored = self.read(run, regroup=regroup)
         if restored is None:
             return None
@@ -88,24 +91,26 @@ class Saver:
         return restored
 
     def read(self, run: Run, *, regroup: bool) -> Restored | None:
-        """The newest sound checkpoint, with the rates that the run goes on with; None if there is none."""
+        """The newest sound checkpoint, with the constants that the run goes on with; None if there is none."""
         restored = self.checkpoints.restore(like=run.state, regroup=regroup)
         if restored is None:
             return None
-        before = (restored.extra or {}).get("rates", {})
-        program = {}
-        for part, rate in _constant_rates(restored.state).items():
-            given = self._given.get(part, rate)
-            # Where the program says what it said, the rate is another because the run has changed it.
-            if given in (rate, before.get(part)):
+        before = _said_before(restored.extra or {})
+        program: dict[str, dict[str, float]] = {}
+        for which, value in _constants(restored.state).items():
+            given = self._given.get(which, value)
+            # Where the program says what it said, the value is another because the run has changed it.
+            if given in (value, before.get(which)):
                 continue
-            if self._wins == "program" and part in before:
-                program[part] = given
+            part, name = which
+            is_taken = self._wins == "program" and which in before
+            if is_taken:
+                program.setdefault(part, {})[name] = given
             else:
-                self._taken = {name: each for name, each in self._taken.items() if name != part}
-                self._taken |= {part: before[part]} if part in before else {}
-            warn(_told(part, rate, given, taken=part in program, known=part in before))
-        opt_state = run.update.optim.with_learning_rates(restored.state.opt_state, program)
+                self._taken = {other: each for other, each in self._taken.items() if other != which}
+                self._taken |= {which: before[which]} if which in before else {}
+            warn(_told(part, name, value, given, taken=is_taken, known=which in before))
+        opt_state = run.update.optim.with_hyperparameters(restored.state.opt_state, program)
         return restored._replace(state=dataclasses.replace(restored.state, opt_state=opt_state))
 
     def last_sound(self) -> str | None:
@@ -152,24 +157,35 @@ def _taken_back(written: Any) -> Any:
     return flat.reshape(written["shape"]).copy()
 
 
-def _told(part: str, rate: float, given: float, *, taken: bool, known: bool) -> str:
-    """Which learning rate a part goes on with, and how to have the other."""
+def _told(part: str, name: str, value: float, given: float, *, taken: bool, known: bool) -> str:
+    """Which hyperparameter a part goes on with, and how to have the other."""
+    what = "learning rate" if name == RATE else name
     if taken:
         return (
-            f"part {part!r} goes on with the learning rate {given:g} of the program, not with the {rate:g} of the"
+            f"part {part!r} goes on with the {what} {given:g} of the program, not with the {value:g} of the"
             ' checkpoint; fit(..., rates="checkpoint") goes on with that'
         )
-    text = f"part {part!r} goes on with the learning rate {rate:g} of the checkpoint, not the {given:g} of the program"
+    text = f"part {part!r} goes on with the {what} {value:g} of the checkpoint, not the {given:g} of the program"
     if known:
         return f'{text}, as rates="checkpoint" says; leave it out to go on with the program\'s'
+    setting = "with_learning_rates" if name == RATE else "with_hyperparameters"
+    to = f"{given:g}" if name == RATE else f"{{{name!r}: {given:g}}}"
     return (
-        f"{text}, as it does not say which rate it began with; to change it, have a hook do so in run_started:"
-        " run.state = dataclasses.replace(run.state, opt_state=optim.with_learning_rates(run.state.opt_state,"
-        f" {{{part!r}: {given:g}}}))"
+        f"{text}, as it does not say which one it began with; to change it, have a hook do so in run_started:"
+        f" run.state = dataclasses.replace(run.state, opt_state=optim.{setting}(run.state.opt_state,"
+        f" {{{part!r}: {to}}}))"
     )
 
 
-def _constant_rates(state: TrainState) -> dict[str, float]:
-    """The learning rates that no schedule says, by part."""
-    found = {part: rates_in(opt_state) for part, opt_state in state.opt_state.items()}
-    return {part: float(rates[0].setting) for part, rates in found.items() if rates and rates[0].setting is not None}
+def _constants(state: TrainState) -> Constants:
+    return {
+        (part, name): float(value)
+        for part, opt_state in state.opt_state.items()
+        for name, value in settings_in(opt_state).items()
+    }
+
+
+def _said_before(extra: Mapping[str, Any]) -> Constants:
+    """What the program of a checkpoint said."""
+    rates = {(part, RATE): value for part, value in extra.get("rates", {}).items()}
+    return rates | {(part, name): value for part, name, value in extra.get("hyperparameters", [])}

@@ -13,7 +13,9 @@ from functrain.tree.partition import Partition
 from functrain.tree.paths import Flat, flatten, unflatten
 from functrain.tree.text import leaves_in_words
 
-_RATES = {"learning_rate", "setting"}  # Of with_lr: the new optimizer's own.
+# The new optimizer's own: of with_lr, and of with_state.
+_RATES = {"learning_rate", "setting"}
+_HELD = {"hyperparameters", "settings"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,8 @@ def adopted(
 
     A leaf of a parameter follows its path, where the other state has a field of the same name and shape for it. A
     scalar, such as a count, follows if all parameters of the part come from one old part. A rate is the new
-    optimizer's own. A part of the same leaves and the same state is carried over as it is, but for its rate.
+    optimizer's own, as every hyperparameter that is state. A part of the same leaves and the same state is carried over
+    as it is, but for these.
 
     Args:
       new: `{part: {name: leaf}}`, initial states, flat, of the trained parts.
@@ -135,13 +138,14 @@ def _entries(part: str, flat: Flat, paths: Sequence[str]) -> list[_Entry]:
     for name, leaf in flat.items():
         of = parameter_of([name], known)
         prefix = name if of is None else name.removesuffix(of).removesuffix("/")
-        found.append(_Entry(part, name, prefix.rpartition("/")[2] or "state", of, leaf))
+        *_, before, last = "", *prefix.split("/")
+        found.append(_Entry(part, name, before if before in _HELD else last or "state", of, leaf))
     return found
 
 
 def _match(entry: _Entry, entries: Sequence[_Entry], source: str | None, same: bool) -> _Entry | None:
     """The old leaf that a new one takes over."""
-    if entry.field in _RATES:
+    if entry.field in _HELD | _RATES:
         return None
     if same:
         return next(old for old in entries if (old.part, old.name) == (source, entry.name))

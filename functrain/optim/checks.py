@@ -1,6 +1,6 @@
 """What an optimizer refuses: each check is a function of what was given, and its error says what to write instead."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from functrain.errors import OptimizerError, PartitionError
 from functrain.optim.declared import accepted
-from functrain.optim.learning_rate import rates_in
+from functrain.optim.held import RATE, held_in, hyperparameters_in, settings_in
 from functrain.optim.transforms import Frozen, Transform
 from functrain.tree.partition import Partition, Split
 from functrain.tree.selectors import non_float
@@ -78,21 +78,34 @@ def check_params(parts: Partition, trained: Sequence[str], split: Split) -> None
                 )
 
 
-def check_one_rate(part: str, state: Any) -> None:
-    """Raises for a state with more than one `with_lr`."""
-    if len(rates_in(state)) > 1:
+def check_one_of_each(part: str, state: Any) -> None:
+    """Raises for a state with two hyperparameters of one name."""
+    names = [name for held in held_in(state) for name in held.hyperparameters]
+    if (count := names.count(RATE)) > 1:
         raise OptimizerError(
-            f"part {part!r} has {len(rates_in(state))} with_lr, of which lr={{{part!r}: ...}} could mean any: keep one,"
-            " or give each a part of its own"
+            f"part {part!r} has {count} with_lr, of which lr={{{part!r}: ...}} could mean any: keep one, or give each a"
+            " part of its own"
+        )
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise OptimizerError(
+            f"part {part!r} has {listed(twice)} twice, in two with_state, of which set={{{part!r}: ...}} could mean"
+            " either: keep one a constant, or give each a part of its own"
         )
 
 
-def check_no_schedule(part: str, state: Any) -> None:
-    """Raises if a schedule says the rate in a state."""
-    if rates_in(state)[0].setting is None:
+def check_no_schedule(part: str, state: Any, names: Iterable[str]) -> None:
+    """Raises if a schedule says one of the hyperparameters in a state."""
+    for name in names:
+        if name in settings_in(state):
+            continue
+        if name == RATE:
+            raise OptimizerError(
+                f"the rate of part {part!r} follows a schedule and can't be set for good: give it at each step,"
+                f" step(..., lr={{{part!r}: ...}}), or make the part with a constant rate"
+            )
         raise OptimizerError(
-            f"the rate of part {part!r} follows a schedule and can't be set for good: give it at each step,"
-            f" step(..., lr={{{part!r}: ...}}), or make the part with a constant rate"
+            f"{name!r} of part {part!r} follows a schedule and can't be set for good: give it at each step,"
+            f" step(..., set={{{part!r}: {{{name!r}: ...}}}}), or make the part with a constant"
         )
 
 
@@ -160,44 +173,90 @@ def check_part_state(opt_state: Mapping[str, Any], structures: Mapping[str, Any]
         )
 
 
-def checked_rates(
-    lr: Mapping[str, Any] | None, opt_state: Mapping[str, Any], transforms: Mapping[str, Transform]
-) -> dict[str, jax.Array]:
-    """The rates by part as float32 scalars, each of a trained part that has one to set."""
+def checked_settings(
+    lr: Mapping[str, Any] | None,
+    settings: Mapping[str, Mapping[str, Any]] | None,
+    opt_state: Mapping[str, Any],
+    transforms: Mapping[str, Transform],
+) -> dict[str, dict[str, jax.Array]]:
+    """Hyperparameters by part and name as float32 scalars, each of a trained part that has one to set.
+
+    Args:
+      lr: learning rates by part.
+      settings: hyperparameters by part and name, of which a rate may be one.
+      opt_state: the optimizer state.
+      transforms: of all parts.
+    """
     trained = [part for part, tx in transforms.items() if not isinstance(tx, Frozen)]
     if lr is not None and not isinstance(lr, Mapping):
         raise OptimizerError(f"lr={lr!r}: give a rate by part, e.g. lr={{{trained[0]!r}: 1e-4}}")
-    rates = {}
-    for part, rate in (lr or {}).items():
-        if part not in transforms:
-            raise OptimizerError(
-                f"lr for the unknown part {part!r}; the parts are {listed(transforms, 30)}"
-                f"{did_you_mean([part], transforms)}"
-            )
-        if part not in trained:
-            raise OptimizerError(f"lr for part {part!r}, which is frozen: give it a transform, or leave it out of lr")
-        if not rates_in(opt_state[part]):
-            raise OptimizerError(
-                f"lr for part {part!r}, whose transform has no rate to set: make it with"
-                " ft.with_lr(optax.adam, 1e-3) in the place of optax.adam(1e-3)"
-            )
-        if callable(rate) or rate is None or isinstance(rate, str) or jnp.shape(rate) != ():
-            is_array = hasattr(rate, "shape")
-            what = f"an array of shape {jnp.shape(rate)}" if is_array else f"of type {type(rate).__name__}"
-            raise OptimizerError(
-                f"lr for part {part!r} is {what}: give a scalar; a schedule goes into the transform,"
-                " ft.with_lr(optax.adam, schedule)"
-            )
-        rates[part] = jnp.asarray(rate, jnp.float32)
-    return rates
-
-
-def check_extra_args(extra: Mapping[str, Any], rates: Mapping[str, Any], transforms: Mapping[str, Transform]) -> None:
-    """Raises for a rate that would reach every part, or would not reach its own."""
-    if "learning_rate" in extra:
-        raise OptimizerError("learning_rate= would set the rate of every part: write lr={part: rate}")
-    if lost := [part for part in rates if not accepted(transforms[part], {"learning_rate": None})]:
+    if settings is not None and not (
+        isinstance(settings, Mapping) and all(isinstance(each, Mapping) for each in settings.values())
+    ):
         raise OptimizerError(
-            f"lr for part {listed(lost)}: the transform around its with_lr takes no extra arguments, so that the"
-            " rate would be lost; make it an optax.GradientTransformationExtraArgs that passes them on"
+            f"set={settings!r}: give hyperparameters by part and name, e.g. set={{{trained[0]!r}: {{'b1': 0.8}}}}"
         )
+    found: dict[str, dict[str, jax.Array]] = {}
+    for part, rate in (lr or {}).items():
+        _check_held("lr", part, RATE, opt_state, transforms)
+        found[part] = {RATE: _checked_scalar(rate, part, RATE, "lr")}
+    for part, named in (settings or {}).items():
+        for name, value in named.items():
+            _check_held("set", part, name, opt_state, transforms)
+            if name in found.setdefault(part, {}):
+                raise OptimizerError(f"part {part!r} has its rate in lr= and in set=: leave one out")
+            found[part][name] = _checked_scalar(value, part, name, "set")
+    return found
+
+
+def _check_held(
+    given: str, part: str, name: str, opt_state: Mapping[str, Any], transforms: Mapping[str, Transform]
+) -> None:
+    """Raises unless a part is trained and has a hyperparameter of that name as state."""
+    if part not in transforms:
+        raise OptimizerError(
+            f"{given} for the unknown part {part!r}; the parts are {listed(transforms, 30)}"
+            f"{did_you_mean([part], transforms)}"
+        )
+    if isinstance(transforms[part], Frozen):
+        raise OptimizerError(
+            f"{given} for part {part!r}, which is frozen: give it a transform, or leave it out of {given}"
+        )
+    known = hyperparameters_in(opt_state[part])
+    if name in known:
+        return
+    if given == "lr":
+        raise OptimizerError(
+            f"lr for part {part!r}, whose transform has no rate to set: make it with"
+            " ft.with_lr(optax.adam, 1e-3) in the place of optax.adam(1e-3)"
+        )
+    has = f"what is state of it is {listed(known, 30)}" if known else "nothing of it is state"
+    raise OptimizerError(
+        f"set for part {part!r}: it has no {name!r} to set; {has}{did_you_mean([name], known)}; make it with"
+        f" ft.with_state(optax.adamw, {name}=...)"
+    )
+
+
+def _checked_scalar(value: Any, part: str, name: str, given: str) -> jax.Array:
+    if callable(value) or value is None or isinstance(value, str | Mapping) or jnp.shape(value) != ():
+        what = f"an array of shape {jnp.shape(value)}" if hasattr(value, "shape") else f"of type {type(value).__name__}"
+        where = "ft.with_lr(optax.adam, schedule)" if given == "lr" else f"ft.with_state(optax.adamw, {name}=schedule)"
+        of = f"part {part!r}" if given == "lr" else f"{name!r} of part {part!r}"
+        raise OptimizerError(f"{given} for {of} is {what}: give a scalar; a schedule goes into the transform, {where}")
+    return jnp.asarray(value, jnp.float32)
+
+
+def check_extra_args(
+    extra: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]], transforms: Mapping[str, Transform]
+) -> None:
+    """Raises for a hyperparameter that would reach every part, or would not reach its own."""
+    if RATE in extra:
+        raise OptimizerError("learning_rate= would set the rate of every part: write lr={part: rate}")
+    for part, named in settings.items():
+        if lost := [name for name in named if not accepted(transforms[part], {name: None})]:
+            given, held = ("lr", "with_lr") if lost == [RATE] else ("set", "with_state")
+            raise OptimizerError(
+                f"{given} for part {part!r}: the transform around its {held} takes no extra arguments, so that"
+                f" {'the rate' if given == 'lr' else listed(lost)} would be lost; make it an"
+                " optax.GradientTransformationExtraArgs that passes them on"
+            )

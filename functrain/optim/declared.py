@@ -73,7 +73,7 @@ def _made_of(function: Any) -> Iterator[Any]:
                 yield cell.cell_contents
             except ValueError:  # Not yet set: of a function that refers to itself.
                 continue
-        if hasattr(function, "makes"):  # Of with_lr, which makes its transform anew for each rate.
+        if hasattr(function, "makes"):  # Of with_lr and with_state, which make theirs anew.
             yield function.makes()
 
 

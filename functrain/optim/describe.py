@@ -31,7 +31,7 @@ class _Node:
       values: numbers, and callables as text, by name.
       usual: the names of values that are the defaults of the function that made it.
       made_of: the transforms within.
-      given: for `with_lr`, what it was given for its factory.
+      given: for `with_lr` and `with_state`, the constants that it was given for its factory.
     """
 
     name: str
@@ -133,8 +133,8 @@ def _node(update: Any, depth: int = 0) -> _Node:
     """What an `update` function says of its transform."""
     update = inspect.unwrap(update)
     name = _factory(update)
-    if hasattr(update, "makes"):  # Of `with_lr`; its rate, if constant, is state.
-        values = _values({"learning_rate": update.rate}) if callable(update.rate) else {}
+    if hasattr(update, "makes"):  # Of `with_lr` or `with_state`: what is no schedule is state.
+        values = _values(update.schedules)
         values |= {"clock": update.clock} if update.clock != "part" else {}
         return _Node(name, values, made_of=(_node(update.makes().update, depth + 1),), given=update.given)
     values, within = {}, []

@@ -1,35 +1,23 @@
 """One optax transform per part."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import optax
 
 from functrain.optim.adoption import Adoption, adopted_states
-from functrain.optim.assignment import Assignment
-from functrain.optim.checks import (
-    check_extra_args,
-    check_grads,
-    check_no_schedule,
-    check_params,
-    check_part_state,
-    check_state,
-    checked_rates,
-)
+from functrain.optim.checks import check_extra_args, check_grads, check_params, check_state, checked_settings
 from functrain.optim.clipping import checked_norms, clipped
-from functrain.optim.learning_rate import rates_in, with_rate
-from functrain.optim.part_transform import PartTransform
+from functrain.optim.state_access import StateAccess
 from functrain.optim.state_form import placeholder_type
-from functrain.optim.states import in_place_of, laid_out, like_before, state_shardings
+from functrain.optim.states import laid_out
 from functrain.tree.partition import Split
 from functrain.tree.paths import PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Optimizer(Assignment):
+class Optimizer(StateAccess):
     """One optax transform per part of a partition.
 
     >>> import jax.numpy as jnp
@@ -69,7 +57,7 @@ class Optimizer(Assignment):
         Raises:
           PartitionError: params are not of the partition's structure.
           OptimizerError: a shape is not the partition's, a trained leaf is not floating point, or a part has two
-            `with_lr`.
+            `with_lr`, or two hyperparameters of one name.
         """
         if isinstance(params, placeholder_type()):  # From optax.tree_map_params(optim, ...).
             return {part: of_part.form.with_placeholder(params) for part, of_part in self._transforms.items()}
@@ -84,6 +72,7 @@ class Optimizer(Assignment):
         params: PyTree,
         *,
         lr: Mapping[str, Any] | None = None,
+        set: Mapping[str, Mapping[str, Any]] | None = None,  # noqa: A002
         **extra: Any,
     ) -> tuple[Split, dict[str, Any]]:
         """The updates that `step` adds to the parameters, in optax's own form.
@@ -94,6 +83,7 @@ class Optimizer(Assignment):
           opt_state: from `init` or the last step.
           params: the whole tree.
           lr: learning rates of this step alone, by part; parts that make no step now may be named too.
+          set: hyperparameters of this step alone, `{part: {name: scalar}}`, of parts made by `with_state`.
           **extra: optax's extra arguments, given to the transforms that declare them: `value=`, the loss, `value_fn=`,
             the loss as a function of whole params, or any other. Of a tree like params, or a split one, a part is given
             its own leaves; a function of whole params is one of the part's leaves to it. `grad` and `grad_fn` follow
@@ -104,15 +94,16 @@ class Optimizer(Assignment):
           `{part: {path: update}}` of the given parts, and the whole new state, of unchanged structure and dtypes.
 
         Raises:
-          OptimizerError: gradients or `lr` of an unknown or frozen part; wrong shapes; `lr` for a part without
-            `with_lr`; a state that is not of this optimizer, or that a transform returns in another structure.
+          OptimizerError: gradients, `lr` or `set` of an unknown or frozen part; wrong shapes; `lr` for a part without
+            `with_lr`, or `set` of what is no state; a state that is not of this optimizer, or that a transform returns
+            in another structure.
           PartitionError: gradients that are not of a part's paths, or params not of the partition's structure.
         """
         split = self.parts.split(params)
         check_grads(grads, self.parts, self.trained, split)
         check_state(opt_state, self._structures)
-        rates = checked_rates(lr, opt_state, self.transforms)
-        check_extra_args(extra, rates, self.transforms)
+        settings = checked_settings(lr, set, opt_state, self.transforms)
+        check_extra_args(extra, settings, self.transforms)
         unclipped = grads
         if self.clip_norm is not None:
             grads = clipped(grads, *checked_norms(self.clip_norm, self.clip_by, self.trained))
@@ -120,9 +111,7 @@ class Optimizer(Assignment):
         new_state = dict(opt_state)
         for part, flat in grads.items():
             of_part = self._transforms[part]
-            given = of_part.arguments(extra, unclipped[part], params)
-            if part in rates:
-                given["learning_rate"] = rates[part]
+            given = of_part.arguments(extra, unclipped[part], params) | settings.get(part, {})
             updates[part], new_state[part] = of_part.update(flat, opt_state[part], split[part], **given)
         return updates, new_state
 
@@ -133,6 +122,7 @@ class Optimizer(Assignment):
         opt_state: Mapping[str, Any],
         *,
         lr: Mapping[str, Any] | None = None,
+        set: Mapping[str, Mapping[str, Any]] | None = None,  # noqa: A002
         **extra: Any,
     ) -> tuple[PyTree, dict[str, Any]]:
         """Updates the parameters of the parts whose gradients are given. Arguments and errors as for `update`.
@@ -141,7 +131,7 @@ class Optimizer(Assignment):
           The whole new params, each leaf of its old dtype, and the new state. A `jit` of one's own over several devices
           may lay out state anew that is not shaped like its parameter; `out_shardings=optim.shardings(...)` keeps it.
         """
-        updates, opt_state = self.update(grads, opt_state, params, lr=lr, **extra)
+        updates, opt_state = self.update(grads, opt_state, params, lr=lr, set=set, **extra)
         return self.apply_updates(params, updates), opt_state
 
     def apply_updates(self, params: PyTree, updates: Mapping[str, Mapping[str, Any]]) -> PyTree:
@@ -149,71 +139,6 @@ class Optimizer(Assignment):
         split = self.parts.split(params)
         new = {part: optax.apply_updates(split[part], dict(updates[part])) for part in updates}
         return self.parts.merge(new, into=params)
-
-    def optax_state(self, opt_state: Mapping[str, Any], part: str) -> Any:
-        """The state of a part as optax has it, of the model's own tree, for `optax.tree.get` and the like.
-
-        >>> import jax.numpy as jnp
-        >>> from functrain import partition
-        >>> params = {"body": {"w": jnp.zeros(2)}, "head": jnp.zeros(2)}
-        >>> optim = Optimizer(partition(params, {"all": ...}), {"all": optax.sgd(0.1, momentum=0.9)})
-        >>> opt_state = optim.init(params)
-        >>> list(opt_state["all"][0].trace), list(optim.optax_state(opt_state, "all")[0].trace["body"])
-        (['body/w', 'head'], ['w'])
-
-        Raises:
-          OptimizerError: an unknown or frozen part, or a state that is not of this optimizer.
-        """
-        check_part_state(opt_state, self._structures, part)
-        return self._transforms[part].form.to_own(opt_state[part])
-
-    def with_optax_state(self, opt_state: Mapping[str, Any], part: str, state: Any) -> dict[str, Any]:
-        """The same optimizer state with a part's state as optax has it, of the dtypes of the one before.
-
-        Raises:
-          OptimizerError: an unknown or frozen part, or a state of another structure or shapes.
-        """
-        check_part_state(opt_state, self._structures, part)
-        what, old = f"the state given for part {part!r}", opt_state[part]
-        return {**opt_state, part: in_place_of(old, like_before(state, old, self._transforms[part].form, what), what)}
-
-    def learning_rates(self, opt_state: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The rates last used, or set since, of the parts that have a `with_lr`: `{part: float32 scalar}`."""
-        check_state(opt_state, self._structures)
-        found = {part: rates_in(opt_state[part]) for part in self.trained}
-        return {part: states[0].learning_rate for part, states in found.items() if states}
-
-    def with_learning_rates(self, opt_state: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
-        """The same state with other learning rates from now on.
-
-        Args:
-          opt_state: from `init` or the last step.
-          rates: `{part: scalar}`.
-
-        Raises:
-          OptimizerError: an unknown or frozen part, one without `with_lr`, or one whose rate a schedule says.
-        """
-        check_state(opt_state, self._structures)
-        new_state = dict(opt_state)
-        for part, rate in checked_rates(rates, opt_state, self.transforms).items():
-            check_no_schedule(part, opt_state[part])
-            new_state[part] = with_rate(opt_state[part], rate)
-        return new_state
-
-    def shardings(self, params_shardings: PyTree) -> dict[str, Any]:
-        """The shardings of the optimizer state, from those of the parameters; for `jax.jit(..., out_shardings=)`.
-
-        Args:
-          params_shardings: a tree like params, of shardings: `jax.tree.map(lambda p: p.sharding, params)`.
-
-        Returns:
-          A tree like the state: a parameter's sharding for state that is shaped like it; replicated for the rest.
-        """
-        split = self.parts.split(params_shardings)
-        return {
-            part: state_shardings(of_part.form.shapes, self.parts.shapes(part), split[part])
-            for part, of_part in self._transforms.items()
-        }
 
     def adopt(
         self, other: "Optimizer", other_state: Mapping[str, Any], params: PyTree
@@ -247,13 +172,3 @@ class Optimizer(Assignment):
         opt_state, report = adopted_states(self.init(params), other_state, self.parts, other.parts)
         split = self.parts.split(params)
         return {part: laid_out(state, split[part]) for part, state in opt_state.items()}, report
-
-    @functools.cached_property
-    def _transforms(self) -> dict[str, PartTransform]:
-        """The transforms of the trained parts."""
-        return {part: PartTransform(self.parts, part, self.transforms[part]) for part in self.trained}
-
-    @property
-    def _structures(self) -> dict[str, Any]:
-        """The tree structures of the states of the trained parts."""
-        return {part: of_part.form.crossing for part, of_part in self._transforms.items()}

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from functrain.errors import OptimizerError, PartitionError
-from functrain.optim.checks import check_one_rate, check_shapes
+from functrain.optim.checks import check_one_of_each, check_shapes
 from functrain.optim.declared import KNOWN, accepted, declared
 from functrain.optim.own_tree import OwnTree
 from functrain.optim.state_form import StateForm
@@ -49,11 +49,11 @@ class PartTransform:
         """The initial state, laid out as the params are.
 
         Raises:
-          OptimizerError: it has two `with_lr`.
+          OptimizerError: it has two hyperparameters of one name.
         """
         form = self.form  # Before init, as it says which part is at fault.
         state = form.to_cross(jax.tree.map(as_array, self.tx.init(self.tree.nested(params))))
-        check_one_rate(self.part, state)
+        check_one_of_each(self.part, state)
         return laid_out(state, params)
 
     def arguments(self, extra: Mapping[str, Any], grads: Mapping[str, Any], params: PyTree) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from functrain.errors import UpdateError
 from functrain.gradients.loss import required_context
 from functrain.tree.arrays import common_length, leading_lengths
 from functrain.tree.text import listed
+from functrain.update.options import Settings
 from functrain.update.state import TrainState
 from functrain.update.surgery import Surgery
 
@@ -52,6 +53,22 @@ def check_rates(lr: Mapping[str, Any] | None, trained: Sequence[str]) -> None:
     """Raises unless the rates are by part."""
     if lr is not None and (not isinstance(lr, Mapping) or any(part not in trained for part in lr)):
         raise UpdateError(f"lr={lr!r}: give a rate by part, of the parts {listed(trained)}")
+
+
+def checked_settings(
+    lr: Mapping[str, Any] | None, hyperparameters: Mapping[str, Any] | None, trained: Sequence[str]
+) -> Settings | None:
+    """What a call is given for its steps, None where that is nothing; raises unless it is by part."""
+    if lr is None and hyperparameters is None:
+        return None
+    check_rates(lr, trained)
+    if hyperparameters is not None and (
+        not isinstance(hyperparameters, Mapping) or any(part not in trained for part in hyperparameters)
+    ):
+        raise UpdateError(
+            f"set={hyperparameters!r}: give hyperparameters by part and name, of the parts {listed(trained)}"
+        )
+    return Settings(lr, hyperparameters)
 
 
 def checked_count(batches: Any, cycle: int, cycle_in_words: str) -> int:

@@ -1,7 +1,8 @@
-"""What all steps of an update share."""
+"""What all steps of an update share, and what one of them may be given."""
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 from functrain.errors import UpdateError
 from functrain.optim.optimizer import Optimizer
@@ -9,6 +10,13 @@ from functrain.tree.rest import Whole
 from functrain.update.ema import Averages
 from functrain.update.precision import DynamicScale
 from functrain.update.surgery import Surgery
+
+
+class Settings(NamedTuple):
+    """Hyperparameters of one call, as `Optimizer.step` takes them."""
+
+    lr: Mapping[str, Any] | None
+    set: Mapping[str, Mapping[str, Any]] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

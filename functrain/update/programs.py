@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from functrain.errors import LossError, PhaseError
 from functrain.gradients.loss import Loss, name_of
 from functrain.tree.text import listed
 from functrain.update.checks import check_not_deleted
+from functrain.update.options import Settings
 from functrain.update.packed import Form, pack, packed_leaves, unpack
 from functrain.update.phases import Phase, Turn
 from functrain.update.precision import check_products
@@ -82,7 +83,9 @@ class Program:
             window=consumed_window or read_window,
         )
 
-    def __call__(self, state: TrainState, batch: Any, lr: Any, **counters: Any) -> tuple[TrainState, Metrics]:
+    def __call__(
+        self, state: TrainState, batch: Any, settings: Settings | None, **counters: Any
+    ) -> tuple[TrainState, Metrics]:
         """The next state, with the given counters, and the metrics.
 
         Raises:
@@ -91,7 +94,7 @@ class Program:
         consumed, read = self.split(state)
         # One leaf of each tells: what a call consumes is deleted together.
         check_not_deleted([*consumed[0][:1], *read[0][:1], *([consumed[1].weight] if consumed[1] else [])])
-        changed, window, metrics = self.jitted(consumed, read, batch, lr)
+        changed, window, metrics = self.jitted(consumed, read, batch, settings)
         leaves = changed
         if len(changed) < self.form.leaves:
             leaves = pack(state)[1].copy()
@@ -100,15 +103,15 @@ class Program:
         others = {"key": state.key, "window": window, "configuration": state.configuration, **counters}
         return unpack(TrainState, self.form, leaves, **others), metrics
 
-    def traced(self, state: TrainState, batch: Any, lr: Any) -> Any:
+    def traced(self, state: TrainState, batch: Any, settings: Settings | None) -> Any:
         """What `jax.jit(...).trace` gives; a call with such arguments does not trace again."""
-        return self.jitted.trace(*self.split(state), batch, lr)
+        return self.jitted.trace(*self.split(state), batch, settings)
 
     def _jitted(self, steps: Sequence[Step], call: Call) -> Any:
         body = body_of(steps, call)
 
-        def run(consumed: Any, read: Any, batch: Any, lr: Any) -> tuple[list[Any], Any, Metrics]:
-            state, metrics = body(self.join(consumed, read), batch, lr)
+        def run(consumed: Any, read: Any, batch: Any, settings: Settings | None) -> tuple[list[Any], Any, Metrics]:
+            state, metrics = body(self.join(consumed, read), batch, settings)
             leaves = packed_leaves(state)
             return [leaves[i] for i in self._consumes], state.window, metrics
 
@@ -139,14 +142,14 @@ class Programs:
         self._checked: set[int] = set()
         self.options = self._stages[0][0].options
 
-    def program(self, call: Call, state: TrainState, batch: Any, lr: Any) -> Program:
+    def program(self, call: Call, state: TrainState, batch: Any, settings: Settings | None) -> Program:
         """The program of a call with such arguments."""
         form, _ = pack(state)
         program = self.kept.get((call, form))
         if program is None:
             self._check_parts(call)
             program = Program(self._stages[call.stage], call, form)
-            self._check_precision(program, call, (state, batch, lr))
+            self._check_precision(program, call, (state, batch, settings))
             self.kept[call, form] = program
         return program
 
@@ -163,13 +166,13 @@ class Programs:
                 compiling.result()
 
     def run(
-        self, call: Call, state: TrainState, batch: Any, lr: Mapping[str, Any] | None, *, batches: int, steps: int
+        self, call: Call, state: TrainState, batch: Any, settings: Settings | None, *, batches: int, steps: int
     ) -> tuple[TrainState, Metrics]:
         """Makes a call, which takes in a number of batches and makes a number of steps."""
-        return self.program(call, state, batch, lr)(
+        return self.program(call, state, batch, settings)(
             state,
             batch,
-            lr,
+            settings,
             step=np.array(int(state.step) + steps, np.int64),
             batches=np.array(int(state.batches) + batches, np.int64),
             pending=np.array(int(state.pending) + 1 if call.only_adds else 0, np.int64),
@@ -248,13 +251,13 @@ def body_of(steps: Sequence[Step], call: Call) -> Body:
         return make_turn(steps, turn, measured=measured)
     step = steps[turn[0]]
 
-    def run(state: TrainState, batch: Any, lr: Any) -> tuple[TrainState, Metrics]:
+    def run(state: TrainState, batch: Any, settings: Settings | None) -> tuple[TrainState, Metrics]:
         if call.only_adds:
             state, metrics = step.add(state, batch)
         elif call.kind == "last":
-            state, metrics = step.last(state, batch, lr, measured=measured)
+            state, metrics = step.last(state, batch, settings, measured=measured)
         else:
-            state, metrics = step.flush(state, lr, measured=measured)
+            state, metrics = step.flush(state, settings, measured=measured)
         return state, under_phases({step.name: metrics})
 
     return run

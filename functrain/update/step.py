@@ -17,7 +17,7 @@ from functrain.tree.arrays import as_array, common_length, is_finite, leading_le
 from functrain.tree.paths import PyTree, flatten, structure_difference
 from functrain.tree.text import listed
 from functrain.update.ema import check_averages
-from functrain.update.options import Options
+from functrain.update.options import Options, Settings
 from functrain.update.state import TrainState
 from functrain.update.telemetry import by_part
 from functrain.update.window import add_to_window, empty_window
@@ -77,13 +77,13 @@ class Step:
     tell: Callable[[Metrics, Any], None] = lambda metrics, grads: None
 
     def whole(
-        self, state: TrainState, batch: Any, lr: Any, *, measured: bool, repeat: int = 0
+        self, state: TrainState, batch: Any, settings: Settings | None, *, measured: bool, repeat: int = 0
     ) -> tuple[TrainState, Metrics]:
         """A batch that is a window of its own; the turn that it belongs to counts it. `repeat`: steps on it before."""
         grads, metrics, _, model_state = self._gradients(state, batch, repeat)
         value_fn = ByPart({part: functools.partial(self._value, state, batch, repeat, part) for part in self.parts})
         grads = self._operated(state, grads, metrics, repeat)
-        return self._end(state, grads, metrics, model_state, lr, measured=measured, value_fn=value_fn)
+        return self._end(state, grads, metrics, model_state, settings, measured=measured, value_fn=value_fn)
 
     def add(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """A batch that does not end its window: its gradients are added to what is pending."""
@@ -91,23 +91,29 @@ class Step:
         window = add_to_window(state.window, grads, metrics, weight)
         return dataclasses.replace(_one_batch_more(state), window=window, model_state=model_state), metrics
 
-    def last(self, state: TrainState, batch: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
+    def last(
+        self, state: TrainState, batch: Any, settings: Settings | None, *, measured: bool
+    ) -> tuple[TrainState, Metrics]:
         """A batch that ends its window."""
         grads, metrics, weight, model_state = self._gradients(state, batch)
         grads, metrics = add_to_window(state.window, grads, metrics, weight).mean()
         state = _one_batch_more(state)
         grads = self._operated(state, grads, metrics)
-        return self._end(state, grads, metrics, model_state, lr, measured=measured, value_fn=self._not_of_a_window)
+        return self._end(
+            state, grads, metrics, model_state, settings, measured=measured, value_fn=self._not_of_a_window
+        )
 
-    def flush(self, state: TrainState, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
+    def flush(self, state: TrainState, settings: Settings | None, *, measured: bool) -> tuple[TrainState, Metrics]:
         """No batch: what is pending ends its window."""
         assert state.window is not None
         grads, metrics = state.window.mean()
         grads = self._operated(state, grads, metrics)
-        arguments = (state, grads, metrics, state.model_state, lr)
+        arguments = (state, grads, metrics, state.model_state, settings)
         return self._end(*arguments, measured=measured, value_fn=self._not_of_a_window)
 
-    def window(self, state: TrainState, batches: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
+    def window(
+        self, state: TrainState, batches: Any, settings: Settings | None, *, measured: bool
+    ) -> tuple[TrainState, Metrics]:
         """A whole window at once, its batches on a leading axis."""
 
         def add(state: TrainState, batch: Any) -> tuple[TrainState, None]:
@@ -117,7 +123,7 @@ class Step:
         window = jax.eval_shape(lambda state: add(state, one)[0].window, state)
         empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), window)
         state, _ = jax.lax.scan(add, dataclasses.replace(state, window=empty), batches)
-        return self.flush(state, lr, measured=measured)
+        return self.flush(state, settings, measured=measured)
 
     # The gradients of a batch.
 
@@ -215,7 +221,7 @@ class Step:
         grads: "_Grads",
         metrics: Metrics,
         model_state: Any,
-        lr: Any,
+        settings: Settings | None,
         *,
         measured: bool,
         value_fn: Any,
@@ -227,7 +233,7 @@ class Step:
         state = dataclasses.replace(state, model_state=model_state, step=optax.safe_increment(state.step))
 
         def step() -> _Stepped:
-            return self._applied(state, grads.given, lr, extra, measured=measured)
+            return self._applied(state, grads.given, settings, extra, measured=measured)
 
         scale_state = state.scale_state
         if self.options.skips:
@@ -254,10 +260,13 @@ class Step:
         )
         return ended, metrics
 
-    def _applied(self, state: TrainState, grads: Any, lr: Any, extra: Any, *, measured: bool) -> _Stepped:
+    def _applied(
+        self, state: TrainState, grads: Any, settings: Settings | None, extra: Any, *, measured: bool
+    ) -> _Stepped:
         """An optimizer step, and what is done after it."""
         optim = self.options.optim
-        updates, opt_state = optim.update(grads, state.opt_state, state.params, lr=lr, **extra)
+        given = {} if settings is None else settings._asdict()
+        updates, opt_state = optim.update(grads, state.opt_state, state.params, **given, **extra)
         params, model_state = optim.apply_updates(state.params, updates), state.model_state
         for after in self.after:
             returned = after(params, model_state, state.step)
@@ -271,7 +280,7 @@ class Step:
             ema = averages.stepped(ema, params, self.parts)
         telemetry = {}
         if measured:
-            telemetry = by_part(grads, updates, optim.parts.split(state.params), optim.learning_rates(opt_state))
+            telemetry = by_part(grads, updates, optim.parts.split(state.params), optim.hyperparameters(opt_state))
             for part, distance in (averages.distances(ema, params, self.parts) if averages else {}).items():
                 telemetry[part]["ema_distance"] = distance
         return _Stepped(params, opt_state, model_state, ema, telemetry)

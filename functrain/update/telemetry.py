@@ -10,7 +10,10 @@ from functrain.tree.arrays import global_norm
 
 
 def by_part(
-    grads: Mapping[str, Any], updates: Mapping[str, Any], params: Mapping[str, Any], rates: Mapping[str, Any]
+    grads: Mapping[str, Any],
+    updates: Mapping[str, Any],
+    params: Mapping[str, Any],
+    hyperparameters: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, jax.Array]]:
     """Norms and rates of each part that made a step, float32 scalars.
 
@@ -22,11 +25,11 @@ def by_part(
       grads: split gradients, as the optimizer was given them.
       updates: split updates, as it added them.
       params: split params, before they were added.
-      rates: the learning rates of the parts that have a `with_lr`.
+      hyperparameters: those of the parts of which they are state.
 
     Returns:
-      `{part: {"grad_norm", "update_norm", "param_norm", "update_ratio", "learning_rate"}}`. The ratio is that of the
-      update to the parameters, 0 where these are 0; the learning rate is there where it can be read.
+      `{part: {"grad_norm", "update_norm", "param_norm", "update_ratio"}}`, and hyperparameters by name, such as
+      "learning_rate". The ratio is that of the update to the parameters, 0 where these are 0.
     """
     telemetry = {}
     for part in grads:
@@ -37,6 +40,5 @@ def by_part(
             "param_norm": param_norm,
             "update_ratio": jnp.where(param_norm == 0, 0, update_norm / jnp.where(param_norm == 0, 1, param_norm)),
         }
-        if part in rates:
-            telemetry[part]["learning_rate"] = rates[part]
+        telemetry[part] |= hyperparameters.get(part, {})
     return telemetry

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from functrain.update.options import Settings
 from functrain.update.phases import Turn
 from functrain.update.state import TrainState
 from functrain.update.step import Metrics, Step
 
 Body = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
-"""From a state, a batch or several, and the learning rates of this call, to the next state and metrics."""
+"""From a state, a batch or several, and the hyperparameters of this call, to the next state and metrics."""
 
 
 def make_turn(steps: Sequence[Step], turn: Turn, *, measured: bool = False, stacked: bool = False) -> Body:
@@ -26,14 +27,14 @@ def make_turn(steps: Sequence[Step], turn: Turn, *, measured: bool = False, stac
       stacked: give the metrics of every phase a leading axis, of its steps; else only those of one that steps again.
     """
 
-    def run(state: TrainState, batch: Any, lr: Any) -> tuple[TrainState, Metrics]:
+    def run(state: TrainState, batch: Any, settings: Settings | None) -> tuple[TrainState, Metrics]:
         found: dict[str, list[Metrics]] = {}
         for nth, index in enumerate(turn):
             step = steps[index]
             if step.options.accumulate > 1:
-                state, metrics = step.window(state, batch, lr, measured=measured)
+                state, metrics = step.window(state, batch, settings, measured=measured)
             else:
-                state, metrics = step.whole(state, batch, lr, measured=measured, repeat=turn[:nth].count(index))
+                state, metrics = step.whole(state, batch, settings, measured=measured, repeat=turn[:nth].count(index))
             found.setdefault(step.name, []).append(metrics)
         if steps[turn[0]].options.accumulate == 1:
             state = dataclasses.replace(state, batches=state.batches + 1)
@@ -49,12 +50,12 @@ def make_cycles(steps: Sequence[Step], cycle: tuple[Turn, ...], *, measured: boo
     """
     accumulate = steps[0].options.accumulate
 
-    def run(state: TrainState, batches: Any, lr: Any) -> tuple[TrainState, Metrics]:
+    def run(state: TrainState, batches: Any, settings: Settings | None) -> tuple[TrainState, Metrics]:
         if accumulate > 1:
             batches = jax.tree.map(lambda leaf: leaf.reshape(-1, accumulate, *leaf.shape[1:]), batches)
 
         def scanned(body: Body, state: TrainState, batches: Any) -> tuple[TrainState, Metrics]:
-            state, metrics = jax.lax.scan(lambda state, batch: body(state, batch, lr), state, batches)
+            state, metrics = jax.lax.scan(lambda state, batch: body(state, batch, settings), state, batches)
             return state, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), metrics)
 
         def one_cycle(state: TrainState, batches: Any, _: Any) -> tuple[TrainState, Metrics]:
@@ -72,7 +73,7 @@ def make_cycles(steps: Sequence[Step], cycle: tuple[Turn, ...], *, measured: boo
         if len(cycle) == 1:
             return scanned(make_turn(steps, cycle[0], measured=measured, stacked=True), state, batches)
         if len(cycle) == len(jax.tree.leaves(batches)[0]):
-            return one_cycle(state, batches, lr)
+            return one_cycle(state, batches, settings)
         by_cycle = jax.tree.map(lambda leaf: leaf.reshape(-1, len(cycle), *leaf.shape[1:]), batches)
         return scanned(one_cycle, state, by_cycle)
 

@@ -10,60 +10,28 @@ import numpy as np
 
 from functrain.errors import UpdateError
 from functrain.optim.adoption import Adoption
-from functrain.optim.optimizer import Optimizer
 from functrain.tree.paths import PyTree
-from functrain.update.checks import (
-    check_context,
-    check_cycle,
-    check_not_deleted,
-    check_position,
-    check_rates,
-    check_state,
-    check_whole,
-    checked_count,
-)
-from functrain.update.compiling import calls_to_come, scans_to_come
+from functrain.update.calling import Calling
+from functrain.update.checks import check_context, check_cycle, check_not_deleted, check_state, check_whole
 from functrain.update.configuration import written
 from functrain.update.initial import abstract_state, adopted_state, initial_state
-from functrain.update.options import Options
-from functrain.update.phases import Alternation, period
-from functrain.update.programs import Call, Programs
 from functrain.update.stages import stage_of
 from functrain.update.state import TrainState
-from functrain.update.step import Metrics, Step
+from functrain.update.step import Metrics
 from functrain.update.turns import make_cycles, make_turn
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Update:
+class Update(Calling):
     """A compiled update, `state, metrics = update(state, batch)`; made by `make_update`.
 
     It holds options and compiled programs and nothing of a run: that is all in the `TrainState`.
     """
 
-    schedule: Alternation
-    stages: tuple[tuple[Step, ...], ...]
-    options: Options
-
-    @property
-    def optim(self) -> Optimizer:
-        """The optimizer that it was made with."""
-        return self.options.optim
-
-    @property
-    def accumulate(self) -> int:
-        """Batches in a window."""
-        return self.options.accumulate
-
     @functools.cached_property
     def configuration(self) -> str:
         """What it is made of, as JSON, for a checkpoint to be checked against."""
         return written(self.schedule, self.options)
-
-    @property
-    def cycle(self) -> int:
-        """Batches in a whole cycle of phases; without phases, or where `phase=` says whose turn it is, in a window."""
-        return self.accumulate * (len(self.schedule.cycle) if self.schedule.alternates else 1)
 
     def init(self, params: PyTree, *, key: Any = None, model_state: Any = None, copy: bool = True) -> TrainState:
         """The state before the first batch.
@@ -91,7 +59,12 @@ class Update:
         return abstract_state(self.options, params, model_state=model_state, key=key, configuration=self.configuration)
 
     def __call__(
-        self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None
+        self,
+        state: TrainState,
+        batch: Any,
+        *,
+        lr: Mapping[str, Any] | None = None,
+        set: Mapping[str, Any] | None = None,  # noqa: A002
     ) -> tuple[TrainState, Metrics]:
         """Takes in one batch; the batch that ends a window makes the optimizer step.
 
@@ -100,6 +73,8 @@ class Update:
           batch: what the loss function takes.
           lr: learning rates of this step alone, by part; see `Optimizer.step`. They count at the call that ends a
             window. Other values never recompile.
+          set: hyperparameters of this step alone, `{part: {name: scalar}}`, of parts made by `with_state`. The same
+            holds of them.
 
         Returns:
           The new state, and metrics: "loss", the named losses, the loss function's metrics. They are the batch's; the
@@ -109,19 +84,30 @@ class Update:
         Raises:
           UpdateError: called under a trace: use `update.pure` there.
         """
-        return self._take(state, batch, lr, measured=False)
+        return self._take(state, batch, lr, set, measured=False)
 
     def measured(
-        self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None
+        self,
+        state: TrainState,
+        batch: Any,
+        *,
+        lr: Mapping[str, Any] | None = None,
+        set: Mapping[str, Any] | None = None,  # noqa: A002
     ) -> tuple[TrainState, Metrics]:
         """As a call, with telemetry under "parts" in the metrics of the call that ends a window.
 
         It is a program of its own, so that the steps that are not measured pay nothing. See `telemetry.by_part`.
         """
-        return self._take(state, batch, lr, measured=True)
+        return self._take(state, batch, lr, set, measured=True)
 
     def scan(
-        self, state: TrainState, batches: Any, *, lr: Mapping[str, Any] | None = None, measured: bool = False
+        self,
+        state: TrainState,
+        batches: Any,
+        *,
+        lr: Mapping[str, Any] | None = None,
+        set: Mapping[str, Any] | None = None,  # noqa: A002
+        measured: bool = False,
     ) -> tuple[TrainState, Metrics]:
         """Takes in many batches in one dispatch.
 
@@ -131,6 +117,7 @@ class Update:
           state: consumed; no window may be pending.
           batches: batches stacked on a leading axis: whole windows of them, and with phases whole cycles.
           lr: learning rates of all these steps, by part.
+          set: hyperparameters of all these steps, `{part: {name: scalar}}`.
           measured: with telemetry of every step under "parts"; a program of its own.
 
         Returns:
@@ -140,11 +127,19 @@ class Update:
         Raises:
           UpdateError: the leading axis is no multiple of `accumulate`, or of a cycle's batches, or a window is pending.
         """
-        check_rates(lr, self.optim.trained)
-        call, count, steps = self._scan_of(state, batches)
-        return self._programs.run(call._replace(measured=measured), state, batches, lr, batches=count, steps=steps)
+        settings, (call, count, steps) = self._settings(lr, set), self._scan_of(state, batches)
+        return self._programs.run(
+            call._replace(measured=measured), state, batches, settings, batches=count, steps=steps
+        )
 
-    def pure(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> tuple[TrainState, Metrics]:
+    def pure(
+        self,
+        state: TrainState,
+        batch: Any,
+        *,
+        lr: Mapping[str, Any] | None = None,
+        set: Mapping[str, Any] | None = None,  # noqa: A002
+    ) -> tuple[TrainState, Metrics]:
         """The update as a pure function, for a `jit`, `scan` or `vmap` of one's own.
 
         A position inside of a window or a cycle can't be traced. So it takes in a whole window with `accumulate=k`, and
@@ -156,50 +151,11 @@ class Update:
             raise UpdateError("pure can't ask phase= for a step that is traced: use update(...) or update.scan(...)")
         if self.cycle > 1:
             check_cycle(batch, self.cycle, self._cycle_in_words)
+        settings = self._settings(lr, set)
         steps = self.stages[stage_of(self.optim, state.step, self.schedule.cycle, "pure")]
         if self.schedule.alternates:
-            return make_cycles(steps, self.schedule.cycle)(state, batch, lr)
-        return make_turn(steps, self.schedule.cycle[0])(state, batch, lr)
-
-    def compile(
-        self,
-        state: TrainState,
-        batch: Any = None,
-        *,
-        scan: Any = None,
-        measured: bool = True,
-        flush: bool = True,
-        until: int | None = None,
-    ) -> None:
-        """Compiles the programs of calls to come side by side, in threads, so that none of them waits for another.
-
-        The first call then begins after about as long as the slowest program takes, where there are free cores. `fit`
-        does so. Nothing is run, and the state is not consumed.
-
-        Args:
-          state: as the first call will be given it.
-          batch: one like those to come, for calls with one batch: the first, the middle and the last of a window, of
-            every phase. Arrays or `jax.ShapeDtypeStruct`s; None for no such calls.
-          scan: batches on a leading axis, for `scan`; None for none.
-          measured: the programs with telemetry, too.
-          flush: that of a window that is cut short, too.
-          until: the step at which the run ends: programs with parts that join later are left out.
-        """
-        check_state(state)
-        with_telemetry, asked = (True, False) if measured else (False,), []
-        if scan is not None:
-            _, count, _ = self._scan_of(state, scan)
-            calls = scans_to_come(self._programs, self.schedule, state, count // self.accumulate, until)
-            asked += [(call._replace(measured=each), state, scan) for call in calls for each in with_telemetry]
-        if batch is not None:
-            found = calls_to_come(self._programs, self.schedule, state, batch, with_telemetry, until)
-            asked += [each for each in found if flush or each[0].kind != "flush"]
-        self._programs.compile(asked)
-
-    def lower(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> Any:
-        """The program that a call with these arguments would run, as `jax.jit(...).lower` gives it; nothing is run."""
-        program = self._programs.program(self.call_of(state), state, batch, lr)
-        return program.traced(state, batch, lr).lower()
+            return make_cycles(steps, self.schedule.cycle)(state, batch, settings)
+        return make_turn(steps, self.schedule.cycle[0])(state, batch, settings)
 
     def flush(self, state: TrainState) -> tuple[TrainState, Metrics]:
         """Ends a window that was cut short, as at the end of an epoch, in the way that `remainder` says.
@@ -245,43 +201,3 @@ class Update:
     def params(self, state: TrainState) -> PyTree:
         """The params of a state, with what of those given to `init` is no array; the next update consumes them."""
         return self.options.whole.tree(state.params)
-
-    # How it is compiled and called.
-
-    @property
-    def _cycle_in_words(self) -> str:
-        turns = len(self.schedule.cycle)
-        return f"accumulate={self.accumulate}" + (f", and {turns} turns in a cycle" if self.schedule.alternates else "")
-
-    def call_of(self, state: TrainState, *, flushes: bool = False) -> Call:
-        """What kind of call comes next, or what `flush` calls."""
-        check_state(state)
-        step, position, length = int(state.step), int(state.pending), self.accumulate
-        stage = self.optim.stage(step) if len(self.stages) > 1 else 0
-        if flushes:
-            return Call("flush", (self.schedule.turn(step),), stage=stage)
-        check_position(state, length)
-        kind = "last" if position + 1 == length else "middle" if position else "first"
-        return Call("whole" if length == 1 else kind, (self.schedule.turn(step),), stage=stage)
-
-    def _scan_of(self, state: TrainState, batches: Any) -> tuple[Call, int, int]:
-        """What is called to scan, how many batches it takes in, and how many steps it makes."""
-        count = checked_count(batches, self.cycle, self._cycle_in_words)
-        check_state(state)
-        check_whole(state, "scan")
-        turns = self.schedule.turns(int(state.step), count // self.accumulate)
-        stage = stage_of(self.optim, state.step, turns, "scan")
-        return Call("scan", period(turns), stage=stage), count, sum(map(len, turns))
-
-    def _take(self, state: TrainState, batch: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
-        """Takes in one batch."""
-        call = self.call_of(state)
-        check_rates(lr, self.optim.trained)
-        if call.only_adds:
-            return self._programs.run(call, state, batch, None, batches=1, steps=0)
-        call = call._replace(measured=measured)
-        return self._programs.run(call, state, batch, lr, batches=1, steps=len(call.turns[0]))
-
-    @functools.cached_property
-    def _programs(self) -> Programs:
-        return Programs(self.schedule.phases, self.stages)

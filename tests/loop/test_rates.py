@@ -140,3 +140,31 @@ def test_the_replay_of_a_run_that_diverged_has_the_rate_that_the_run_had(tmp_pat
         ft.NonFiniteError, match=says("the autopsy", "update 6, with batch 1 of epoch 1", "is the first")
     ):
         gone_on(tmp_path, 1e30, 2)
+
+
+def momentum_of(momentum, epochs, directory, **options):
+    update = update_of(head=with_momentum(momentum))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = ft.fit(*counted(update), epochs=epochs, checkpoints=ft.Checkpoints(directory), **options)
+    value = float(result.state.opt_state["head"].settings["momentum"])
+    return result, value, [str(warning.message) for warning in caught]
+
+
+@functools.cache
+def with_momentum(momentum):
+    return ft.with_state(optax.sgd, learning_rate=0.1, momentum=momentum)
+
+
+def test_any_hyperparameter_that_is_changed_between_two_runs_is_told_and_taken_like_a_rate(tmp_path):
+    momentum_of(0.5, 1, tmp_path)
+    _, value, (told,) = momentum_of(0.75, 2, tmp_path, rates="checkpoint")
+    assert value == 0.5
+    assert told.startswith("part 'head' goes on with the momentum 0.5 of the checkpoint, not the 0.75 of the program")
+    _, value, (told,) = momentum_of(0.75, 3, tmp_path)
+    assert value == 0.75
+    assert told.startswith("part 'head' goes on with the momentum 0.75 of the program, not with the 0.5")
+    result, _, told = momentum_of(0.75, 4, tmp_path)
+    assert not told
+    assert result.history[-1]["train/momentum/head"] == 0.75
+    assert result.history[-1]["train/learning_rate/head"] == np.float32(0.1)
