@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from functrain.loop.hooks import EarlyStopping, Hook
     from functrain.loop.logs import JsonLines, Logger, TensorBoard, read_json_lines
     from functrain.loop.metrics import ConfusionMatrix, Metric, OnHost, TopK
+    from functrain.loop.plateau import ReduceOnPlateau
     from functrain.loop.run import Run
     from functrain.loop.signals import StopSignals
     from functrain.loop.sweep import Sweep, lr_sweep
@@ -96,6 +97,7 @@ __all__ = [
     "PartitionError",
     "Phase",
     "PhaseError",
+    "ReduceOnPlateau",
     "Restored",
     "Result",
     "Run",
@@ -146,6 +148,7 @@ _LAZY = {
     "Logger": "functrain.loop.logs",
     "Metric": "functrain.loop.metrics",
     "OnHost": "functrain.loop.metrics",
+    "ReduceOnPlateau": "functrain.loop.plateau",
     "Restored": "functrain.loop.checkpoint.reading",
     "load_model_state": "functrain.loop.checkpoint.alone",
     "load_params": "functrain.loop.checkpoint.alone",

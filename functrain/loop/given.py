@@ -10,7 +10,7 @@ from functrain.errors import FitError
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
-from functrain.loop.hooks import EarlyStopping, Hook
+from functrain.loop.hooks import EarlyStopping, Hook, OnResult
 from functrain.loop.saving import Rates
 from functrain.update.state import TrainState
 from functrain.update.update import Update
@@ -50,15 +50,15 @@ def check_results(
 
     Raises:
       EvaluationError: an `eval_step`, a metric or data that do not fit each other.
-      FitError: the name of a result in `EarlyStopping` or `keep_best`.
+      FitError: the name of a result in `EarlyStopping`, `ReduceOnPlateau` or `keep_best`.
     """
     known = []
     for each in evaluations:
         names = each.names(state.params, state.model_state)
         known += [each.name] if names is None else [f"{each.name}/{name}" for name in names]
-    ends = [each for each in hooks if type(each).evaluation_ended is EarlyStopping.evaluation_ended]
+    watching = [each for each in hooks if type(each).evaluation_ended is OnResult.evaluation_ended]
     asked = {f"keep_best={best!r}": best for best in kept_best}
-    asked |= {f"EarlyStopping({each.result!r})": each.result for each in ends if isinstance(each, EarlyStopping)}
+    asked |= {f"{each.name}({each.result!r})": each.result for each in watching if isinstance(each, OnResult)}
     for what, result in asked.items():
         if not evaluations:
             raise FitError(f"{what}: no evaluation gives a result: fit(..., evaluation=ft.Evaluation(eval_step, data))")

@@ -49,7 +49,69 @@ class Hook:
         """Takes back what `state` returned."""
 
 
-class EarlyStopping(Hook):
+class OnResult(Hook):
+    """A hook that watches whether a result of the evaluations becomes better.
+
+    Args:
+      result: the name of a result, such as "valid/loss".
+      mode: "min" if a smaller result is better, "max" if a larger one; of a loss or an error it need not be said.
+      least: an improvement is larger than this.
+    """
+
+    def __init__(self, result: str, mode: Mode | None, least: float) -> None:
+        try:
+            self.mode = mode_of(result, mode)
+        except ValueError as error:
+            raise FitError(f"{self.name}({result!r}): {error}") from None
+        self.result, self.least = result, least
+        self.forget()
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return type(self).__name__
+
+    def forget(self) -> None:
+        """Begins anew."""
+        self.best, self.without, self._is_loaded = math.nan, 0, False
+
+    def improves(self, value: float) -> bool:
+        """Takes in the result of an evaluation, and says whether it is the best so far. NaN is no improvement."""
+        gain = self.best - value if self.mode == "min" else value - self.best
+        is_best = gain > self.least or (math.isnan(self.best) and not math.isnan(value))
+        self.best, self.without = (value, 0) if is_best else (self.best, self.without + 1)
+        return is_best
+
+    def run_started(self, run: Run) -> None:
+        """Forgets an earlier run."""
+        if not self._is_loaded:
+            self.forget()
+        self._is_loaded = False
+
+    def evaluation_ended(self, run: Run) -> None:
+        """Looks at the result, if it is one of this evaluation.
+
+        Raises:
+          FitError: the evaluations have no result of that name.
+        """
+        if self.result in run.evaluated:
+            self.evaluated(run, float(run.evaluated[self.result]))
+        elif self.result not in run.results:
+            raise FitError(f"{self.name}({self.result!r}): the results are {sorted(run.results)}; name one of them")
+
+    def evaluated(self, run: Run, value: float) -> None:
+        """What it does with a result."""
+
+    def state(self) -> Any:
+        """The best result, and the evaluations since."""
+        return {"best": self.best, "without": self.without}
+
+    def load(self, state: Any) -> None:
+        """Goes on from there."""
+        self.best, self.without, self._is_loaded = state["best"], state["without"], True
+
+
+class EarlyStopping(OnResult):
     """Ends a run when a result has not become better for some evaluations.
 
     >>> stopping = EarlyStopping("valid/loss", patience=2)
@@ -66,52 +128,27 @@ class EarlyStopping(Hook):
     def __init__(self, result: str, *, patience: int, mode: Mode | None = None, least: float = 0.0) -> None:
         if patience < 1:
             raise FitError(f"EarlyStopping(patience={patience}): give at least 1")
-        try:
-            self.mode = mode_of(result, mode)
-        except ValueError as error:
-            raise FitError(f"EarlyStopping({result!r}): {error}") from None
-        self.result, self.patience, self.least = result, patience, least
-        self.best, self.without, self._is_loaded = math.nan, 0, False
+        super().__init__(result, mode, least)
+        self.patience = patience
 
     def is_over(self, value: float) -> bool:
         """Takes in the result of an evaluation, and says whether the run is over. NaN is no improvement."""
-        gain = self.best - value if self.mode == "min" else value - self.best
-        if gain > self.least or (math.isnan(self.best) and not math.isnan(value)):
-            self.best, self.without = value, 0
-        else:
-            self.without += 1
+        self.improves(value)
         return self.without >= self.patience
 
     def run_started(self, run: Run) -> None:
         """Forgets an earlier run; ends one that was over already when it was saved."""
-        if not self._is_loaded:
-            self.best, self.without = math.nan, 0
-        elif self.without >= self.patience:
+        super().run_started(run)
+        if self.without >= self.patience:
             self._end(run)
-        self._is_loaded = False
 
-    def evaluation_ended(self, run: Run) -> None:
-        """Stops the run when it is over.
-
-        Raises:
-          FitError: the evaluations have no result of that name.
-        """
-        if self.result in run.evaluated:
-            if self.is_over(float(run.evaluated[self.result])):
-                self._end(run)
-        elif self.result not in run.results:
-            raise FitError(f"EarlyStopping({self.result!r}): the results are {sorted(run.results)}; name one of them")
+    def evaluated(self, run: Run, value: float) -> None:
+        """Stops the run when it is over."""
+        if self.is_over(value):
+            self._end(run)
 
     def _end(self, run: Run) -> None:
         run.stop(f"{self.result} has not improved for {self.without} evaluations")
-
-    def state(self) -> Any:
-        """The best result, and the evaluations since."""
-        return {"best": self.best, "without": self.without}
-
-    def load(self, state: Any) -> None:
-        """Goes on from there."""
-        self.best, self.without, self._is_loaded = state["best"], state["without"], True
 
 
 class Hooks:
