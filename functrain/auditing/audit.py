@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from functrain.auditing.tracing import Inputs, Traced, backward_flops, trace_phase
+from functrain.auditing.tracing import Inputs, Traced, backward_flops, inputs_of, trace_phase
 from functrain.errors import AuditError
 from functrain.gradients.loss import Context
 from functrain.gradients.routes import Route, Weight
@@ -140,14 +140,15 @@ def audit(
     else:
         phases = (Phase("", loss_fn, trained, route=route, loss_weights=loss_weights),)
     inputs = Inputs.of(parts, params, batch, Context(key, model_state, np.int32(0)))
-    traced = [trace_phase(phase, inputs, trained) for phase in phases]
+    each = inputs_of(phases, inputs)
+    traced = [trace_phase(phase, given, trained) for phase, given in zip(phases, each, strict=True)]
     reached = {loss: paths for one in traced for loss, paths in one.reached.items()}
     taken = {part: tuple(loss for one in traced for loss in one.taken.get(part, ())) for part in parts.names}
     state_bytes = {}
     if optim is not None:
         states = jax.eval_shape(lambda arrays: optim.init(inputs.params(arrays)), inputs.arrays)
         state_bytes = {part: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(states[part])) for part in trained}
-    flops = [backward_flops(phase, inputs) for phase in phases]
+    flops = [backward_flops(phase, given) for phase, given in zip(phases, each, strict=True)]
     total = sum(whole for whole, _ in flops) or 1.0
     return Audit(
         parts=parts,

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from functrain.auditing.flow import Marks, flow
-from functrain.gradients.loss import Context, make_losses
+from functrain.gradients.loss import Context, accepted_context, make_losses
 from functrain.gradients.routes import normalised
 from functrain.gradients.train_step import make_gradient
 from functrain.tree.partition import Partition
 from functrain.tree.paths import PyTree
 from functrain.tree.selectors import non_float
+from functrain.update.metrics import metrics_of
 from functrain.update.phases import Phase
 
 
@@ -66,6 +67,30 @@ class Traced(NamedTuple):
     taken: dict[str, tuple[str, ...]]
     used: frozenset[str]
     gated: dict[str, tuple[str, ...]]
+
+
+def inputs_of(phases: Sequence[Phase], inputs: Inputs) -> list[Inputs]:
+    """The inputs of each phase, with the metrics of those before it on the same batch where one asks for them."""
+    if not any("before" in accepted_context(phase.loss_fn) for phase in phases):
+        return [inputs] * len(phases)
+    found: list[Inputs] = []
+    before: dict[str, Any] = {}
+    for phase in phases:
+        before = before if phase.same_batch else {}
+        found.append(inputs._replace(context=inputs.context._replace(before=before if phase.same_batch else None)))
+        before = {**before, phase.name: _metrics(phase, found[-1])}
+    return found
+
+
+def _metrics(phase: Phase, inputs: Inputs) -> Any:
+    """The shapes of a phase's metrics."""
+    evaluate = make_losses(phase.loss_fn)
+
+    def metrics(arrays: Any, batch: Any, context: Any) -> Any:
+        _, loss = evaluate(inputs.params(arrays), batch, context)
+        return metrics_of(loss, loss.total)
+
+    return jax.eval_shape(metrics, inputs.arrays, inputs.batch, inputs.context)
 
 
 def trace_phase(phase: Phase, inputs: Inputs, trained: Sequence[str]) -> Traced:
@@ -132,7 +157,8 @@ def backward_flops(phase: Phase, inputs: Inputs) -> tuple[float, dict[str, float
 
     whole, forward = flops(phase.trained), flops(())
     saved = {part: whole - flops([other for other in phase.trained if other != part]) for part in phase.trained}
-    return phase.repeat * (whole - forward), {part: phase.repeat * flops for part, flops in saved.items()}
+    often = phase.repeat / phase.every
+    return often * (whole - forward), {part: often * flops for part, flops in saved.items()}
 
 
 def _label(phase: str, loss: str, count: int) -> str:

@@ -56,11 +56,13 @@ class Context(NamedTuple):
       key: the random key of this batch.
       model_state: state that the forward pass changes and no optimizer does.
       step: the number of finished steps.
+      before: `{phase: metrics}`, of the phases that stepped before this one on the same batch.
     """
 
     key: Any = None
     model_state: Any = None
     step: Any = None
+    before: Any = None
 
 
 def make_losses(loss_fn: Callable[..., Any]) -> Callable[..., tuple[dict[str, Any], Loss]]:

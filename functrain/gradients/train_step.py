@@ -52,7 +52,7 @@ def make_train_step(
 
     Args:
       loss_fn: `loss_fn(params, batch)`, pure, returns a scalar or a `Loss`. It may also declare any of `key`,
-        `model_state` and `step`, which it is then given by keyword.
+        `model_state`, `step` and `before`, which it is then given by keyword.
       parts: with a partition the gradients come split, `{part: {path: gradient}}`; without, as a tree like params.
       wrt: the parts to differentiate, usually `optim.trained`; None for all. What is not named costs nothing: no
         backward pass, no buffer.
@@ -65,10 +65,10 @@ def make_train_step(
         gradients, or `{part: fn}`, each of a part's `{path: gradient}`; other parts have none by example.
 
     Returns:
-      `train_step(params, batch, *, key=None, model_state=None, step=None) -> (grads, loss)`. Each gradient has its
-      parameter's shape and dtype; of a complex parameter it is the conjugate of `jax.grad`'s, the direction in which
-      the loss grows, as optax asks for. `loss` is always a `Loss`; its `model_state` is the new one, or the given one
-      where `loss_fn` returns none. A keyword that `loss_fn` does not declare is ignored.
+      `train_step(params, batch, *, key=None, model_state=None, step=None, before=None) -> (grads, loss)`. Each gradient
+      has its parameter's shape and dtype; of a complex parameter it is the conjugate of `jax.grad`'s, the direction in
+      which the loss grows, as optax asks for. `loss` is always a `Loss`; its `model_state` is the new one, or the given
+      one where `loss_fn` returns none. A keyword that `loss_fn` does not declare is ignored.
 
     Raises:
       LossError: `loss_fn` requires an argument that functrain does not know; and from `train_step`, when traced: a
@@ -80,9 +80,9 @@ def make_train_step(
     gradient = make_gradient(loss_fn, parts, wrt, **options)
 
     def train_step(
-        params: PyTree, batch: Any, *, key: Any = None, model_state: Any = None, step: Any = None
+        params: PyTree, batch: Any, *, key: Any = None, model_state: Any = None, step: Any = None, before: Any = None
     ) -> tuple[Any, Loss]:
-        grads, loss, _ = gradient(params, batch, Context(key, model_state, step))
+        grads, loss, _ = gradient(params, batch, Context(key, model_state, step, before))
         return grads, loss
 
     return train_step

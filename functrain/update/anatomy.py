@@ -10,9 +10,10 @@ from jax.extend.core import ClosedJaxpr
 
 from functrain.gradients.loss import Loss
 from functrain.tree.paths import flatten
+from functrain.update.metrics import Metrics
 from functrain.update.programs import body_of, counted
 from functrain.update.state import TrainState
-from functrain.update.step import Metrics, Step
+from functrain.update.step import Step
 from functrain.update.update import Update
 
 

@@ -8,12 +8,13 @@ from typing import Any
 from functrain.optim.optimizer import Optimizer
 from functrain.update.checks import check_position, check_state, check_whole, checked_count, checked_settings
 from functrain.update.compiling import calls_to_come, scans_to_come
+from functrain.update.metrics import Metrics
 from functrain.update.options import Options, Settings
 from functrain.update.phases import Alternation, period
 from functrain.update.programs import Call, Programs
 from functrain.update.stages import stage_of
 from functrain.update.state import TrainState
-from functrain.update.step import Metrics, Step
+from functrain.update.step import Step
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

@@ -1,11 +1,12 @@
 """What an update is made of, as text: kept in its states, for a checkpoint to be checked against."""
 
 import json
+from typing import Any
 
 from functrain.optim.clipping import clip_written
 from functrain.optim.describe import made_by, makeup
 from functrain.update.options import Options
-from functrain.update.phases import Alternation
+from functrain.update.phases import Alternation, Phase
 
 
 def written(schedule: Alternation, options: Options) -> str:
@@ -19,5 +20,10 @@ def written(schedule: Alternation, options: Options) -> str:
         "frozen_until": optim.frozen_until,
         "accumulate": options.accumulate,
         "ema": options.averages.decays if options.averages else {},
-        "phases": [[phase.name, *phase.trained, phase.repeat, phase.same_batch] for phase in phases if phase.name],
+        "phases": [_of_phase(phase) for phase in phases if phase.name],
     })  # fmt: skip
+
+
+def _of_phase(phase: Phase) -> list[Any]:
+    every = [f"every={phase.every}"] if phase.every > 1 else []
+    return [phase.name, *phase.trained, phase.repeat, phase.same_batch, *every]

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from functrain.errors import PartitionError, PhaseError, UpdateError
+from functrain.gradients.loss import name_of, required_context
 from functrain.gradients.routes import Route, Weight
 from functrain.optim.optimizer import Optimizer
 from functrain.tree.text import listed
@@ -27,7 +29,11 @@ class Phase:
       parts: the part or parts that it updates; no other is differentiated.
       repeat: its steps in a cycle, one after the other, each with a batch (or a window) of its own.
       same_batch: it takes no batch but that of the phase before it, in the same call, with a key of its own and the
-        parameters that the phase before has left. Its repeats all take that batch.
+        parameters that the phase before has left. Its repeats all take that batch. Its loss function may declare
+        `before`, and is then given the metrics of the phases that stepped before it on that batch, `{phase: metrics}`:
+        values, through which no gradient flows.
+      every: it has its turn in each so many-th cycle only, from that one on: a policy that is updated once for two
+        updates of its critic. With `same_batch`, in each so many-th turn of the phase whose batch it takes.
       route: which losses each of its parts learns from, as for `make_train_step`.
       loss_weights: the weights of named losses in the sum, as for `make_train_step`.
       after: `fn(params, model_state, step) -> (params, model_state)`, compiled in after each step of this phase.
@@ -38,6 +44,7 @@ class Phase:
     parts: str | Sequence[str]
     repeat: int = 1
     same_batch: bool = False
+    every: int = 1
     route: Route | None = None
     loss_weights: Mapping[str, Weight] | None = None
     after: Callable[..., Any] | None = None
@@ -57,19 +64,47 @@ class Alternation:
 
     @functools.cached_property
     def cycle(self) -> tuple[Turn, ...]:
-        """The turns of a whole cycle, a batch or a window each.
+        """The turns of a whole cycle, a batch or a window each, until all begins anew.
 
         >>> d, g = Phase("d", lambda p, b: 0.0, "d", repeat=3), Phase("g", lambda p, b: 0.0, "g")
         >>> alternate(d, g).cycle
         ((0,), (0,), (0,), (1,))
+        >>> follower = Phase("f", lambda p, b: 0.0, "f", same_batch=True, every=2)
+        >>> alternate(g, follower).cycle
+        ((0,), (0, 1))
         """
-        turns: list[Turn] = []
+        firsts = self._followers
+        cycles = math.lcm(
+            *(
+                self.phases[first].every * math.lcm(*(self.phases[i].every for i in after))
+                for first, after in firsts.items()
+            )
+        )
+        return tuple(
+            turn for number in range(1, cycles + 1) for first in firsts for turn in self._turns_of(first, number)
+        )
+
+    @functools.cached_property
+    def _followers(self) -> dict[int, list[int]]:
+        """The phases that take the batch of another one, by that one."""
+        found: dict[int, list[int]] = {}
         for index, phase in enumerate(self.phases):
             if phase.same_batch:
-                turns[-1] += (index,) * phase.repeat
+                found[next(reversed(found))].append(index)
             else:
-                turns += [(index,)] * phase.repeat
-        return tuple(turns)
+                found[index] = []
+        return found
+
+    def _turns_of(self, first: int, number: int) -> list[Turn]:
+        """The turns that a phase has, with those after it, in the cycle of a number, counted from 1."""
+        nth, left = divmod(number, self.phases[first].every)
+        if left:
+            return []
+        turns: list[Turn] = [(first,)] * self.phases[first].repeat
+        for index in self._followers[first]:
+            if nth % self.phases[index].every == 0:
+                turns[-1] += (index,) * self.phases[index].repeat
+        return turns
 
     @property
     def alternates(self) -> bool:
@@ -180,7 +215,8 @@ def alternate(*phases: Phase, phase: Callable[[int], str] | None = None) -> Alte
         the repeats; phases with `same_batch` still follow the one before them. `step` counts the steps of all phases.
 
     Raises:
-      PhaseError: no phase; two of one name; repeats below 1, or with `phase=` above; a first phase with `same_batch`.
+      PhaseError: no phase; two of one name; `repeat` or `every` below 1, or with `phase=` above; a first phase with
+        `same_batch`.
     """
     if not phases or not all(isinstance(each, Phase) for each in phases):
         raise PhaseError(f"alternate takes phases, alternate(ft.Phase(name, loss_fn, parts), ...), not {phases!r}")
@@ -192,10 +228,16 @@ def alternate(*phases: Phase, phase: Callable[[int], str] | None = None) -> Alte
             raise PhaseError(f"phase {each.name!r}: {each.loss_fn!r} is no loss function: give loss_fn(params, batch)")
         if not each.trained:
             raise PhaseError(f"phase {each.name!r} updates no part: name one, parts=...")
-        if not isinstance(each.repeat, int) or each.repeat < 1:
-            raise PhaseError(f"phase {each.name!r}: repeat={each.repeat!r}: give a whole number of at least 1")
+        for name, count in (("repeat", each.repeat), ("every", each.every)):
+            if not isinstance(count, int) or count < 1:
+                raise PhaseError(f"phase {each.name!r}: {name}={count!r}: give a whole number of at least 1")
         if phase is not None and each.repeat > 1 and not each.same_batch:
             raise PhaseError(f"phase {each.name!r}: repeat={each.repeat} and phase= exclude each other: leave one out")
+        if phase is not None and each.every > 1:
+            raise PhaseError(
+                f"phase {each.name!r}: every={each.every} and phase= exclude each other: leave one out, and have the"
+                " function of phase= say whose turn it is"
+            )
     if phases[0].same_batch:
         raise PhaseError(f"phase {names[0]!r} is the first, and has no batch before it: write same_batch=False")
     return Alternation(phases, phase)
@@ -221,10 +263,21 @@ def scheduled(
 ) -> Alternation:
     """The phases of an update; a loss function alone is one phase without a name."""
     if not isinstance(loss_fn, Alternation):
+        if "before" in required_context(loss_fn):
+            raise UpdateError(
+                f"{name_of(loss_fn)} declares before, the metrics of the phases before it on the same batch: give it in"
+                " one, ft.alternate(ft.Phase(...), ft.Phase(name, loss_fn, parts, same_batch=True))"
+            )
         return Alternation((Phase("", loss_fn, optim.trained, route=route, loss_weights=loss_weights),))
     if route is not None or loss_weights is not None:
         raise UpdateError("with phases, route= and loss_weights= belong to one: ft.Phase(name, loss_fn, parts, route=)")
     loss_fn.check(optim)
+    for phase in loss_fn.phases:
+        if not phase.same_batch and "before" in required_context(phase.loss_fn):
+            raise PhaseError(
+                f"phase {phase.name!r}: {name_of(phase.loss_fn)} declares before, the metrics of the phases before it"
+                " on the same batch, but takes a batch of its own: write same_batch=True"
+            )
     same = [phase.name for phase in loss_fn.phases if phase.same_batch]
     if accumulate > 1 and same:
         raise PhaseError(

@@ -13,12 +13,13 @@ from functrain.errors import LossError, PhaseError
 from functrain.gradients.loss import Loss, name_of
 from functrain.tree.text import listed
 from functrain.update.checks import check_not_deleted
+from functrain.update.metrics import Metrics
 from functrain.update.options import Settings
 from functrain.update.packed import Form, pack, packed_leaves, unpack
 from functrain.update.phases import Phase, Turn
 from functrain.update.precision import check_products
 from functrain.update.state import TrainState
-from functrain.update.step import Metrics, Step
+from functrain.update.step import Step
 from functrain.update.turns import Body, make_cycles, make_turn, under_phases
 from functrain.update.window import Window
 

@@ -15,16 +15,14 @@ from functrain.gradients.objective import Objective
 from functrain.optim.own_tree import ByPart
 from functrain.tree.arrays import as_array, common_length, is_finite, leading_lengths
 from functrain.tree.paths import PyTree, flatten, structure_difference
-from functrain.tree.text import listed
 from functrain.update.ema import check_averages
+from functrain.update.metrics import Metrics, metrics_of
 from functrain.update.options import Options, Settings
 from functrain.update.state import TrainState
 from functrain.update.telemetry import by_part
 from functrain.update.window import add_to_window, empty_window
 
-Metrics = dict[str, Any]
 After = Callable[[PyTree, Any, Any], tuple[PyTree, Any]]
-RESERVED = {"loss_scale", "nonfinite", "parts", "skipped"}
 
 
 class _Stepped(NamedTuple):
@@ -77,11 +75,22 @@ class Step:
     tell: Callable[[Metrics, Any], None] = lambda metrics, grads: None
 
     def whole(
-        self, state: TrainState, batch: Any, settings: Settings | None, *, measured: bool, repeat: int = 0
+        self,
+        state: TrainState,
+        batch: Any,
+        settings: Settings | None,
+        *,
+        measured: bool,
+        repeat: int = 0,
+        before: Mapping[str, Metrics] | None = None,
     ) -> tuple[TrainState, Metrics]:
-        """A batch that is a window of its own; the turn that it belongs to counts it. `repeat`: steps on it before."""
-        grads, metrics, _, model_state = self._gradients(state, batch, repeat)
-        value_fn = ByPart({part: functools.partial(self._value, state, batch, repeat, part) for part in self.parts})
+        """A batch that is a window of its own; the turn that it belongs to counts it.
+
+        `repeat`: the phase's steps on it before; `before`: the metrics of the losses of other phases on it, by phase.
+        """
+        grads, metrics, _, model_state = self._gradients(state, batch, repeat, before)
+        value = functools.partial(self._value, state, batch, repeat, before)
+        value_fn = ByPart({part: functools.partial(value, part) for part in self.parts})
         grads = self._operated(state, grads, metrics, repeat)
         return self._end(state, grads, metrics, model_state, settings, measured=measured, value_fn=value_fn)
 
@@ -127,13 +136,16 @@ class Step:
 
     # The gradients of a batch.
 
-    def _gradients(self, state: TrainState, batch: Any, repeat: int = 0) -> tuple[Any, Metrics, Any, Any]:
+    def _gradients(
+        self, state: TrainState, batch: Any, repeat: int = 0, before: Any = None
+    ) -> tuple[Any, Metrics, Any, Any]:
         """The gradients, metrics, weight and new model state of one batch."""
         key = self._key(state, repeat)
         scale = None if state.scale_state is None else state.scale_state.scale
 
         def gradients(batch: Any, key: Any, model_state: Any) -> tuple[Any, Metrics, Any, Any]:
-            grads, loss, total = self.gradient(state.params, batch, Context(key, model_state, state.step), scale)
+            context = Context(key, model_state, state.step, before)
+            grads, loss, total = self.gradient(state.params, batch, context, scale)
             self.see(loss)
             if self.options.by_loss:
                 total = self.objective.summed(loss.values, state.step)
@@ -141,7 +153,7 @@ class Step:
             if self.options.skips:
                 finite = is_finite(grads)
                 new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, model_state)
-            return grads, _metrics(loss, total), loss.weight, new
+            return grads, metrics_of(loss, total), loss.weight, new
 
         found = self._of_slices(gradients, batch, key, state.model_state)
         grads, metrics, *_ = found
@@ -167,11 +179,12 @@ class Step:
         }
         return _Grads(computed, surgery(computed, key=key, **given))
 
-    def _value(self, state: TrainState, batch: Any, repeat: int, part: str, params: PyTree) -> Any:
+    def _value(self, state: TrainState, batch: Any, repeat: int, before: Any, part: str, params: PyTree) -> Any:
         """What a part learns from, of a batch, at other params: what `_gradients` took the gradient of."""
 
         def value(batch: Any, key: Any, model_state: Any) -> tuple[Any, Any, Any, Any]:
-            value, loss = self.objective.of_batch(params, batch, Context(key, model_state, state.step), part)
+            context = Context(key, model_state, state.step, before)
+            value, loss = self.objective.of_batch(params, batch, context, part)
             return {}, value, loss.weight, loss.model_state
 
         return self._of_slices(value, batch, self._key(state, repeat), state.model_state)[1]
@@ -297,14 +310,6 @@ def _guarded(step: Callable[[], _Stepped], state: TrainState, skipped: jax.Array
 
 def _one_batch_more(state: TrainState) -> TrainState:
     return dataclasses.replace(state, batches=state.batches + 1, pending=state.pending + 1)
-
-
-def _metrics(loss: Loss, total: Any) -> Metrics:
-    named = dict(loss.value) if isinstance(loss.value, Mapping) else {}
-    other = dict(loss.metrics) if isinstance(loss.metrics, Mapping) else {"metrics": loss.metrics}
-    if twice := sorted(({"loss"} & {*named, *other}) | (named.keys() & other.keys()) | (RESERVED & {*named, *other})):
-        raise LossError(f"{listed(twice)} names a loss or a metric, and something else in the metrics: rename it")
-    return {"loss": total, **named, **other}
 
 
 def _sliced(batch: Any, count: int) -> Any:

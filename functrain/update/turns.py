@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from functrain.update.metrics import Metrics, of_loss
 from functrain.update.options import Settings
 from functrain.update.phases import Turn
 from functrain.update.state import TrainState
-from functrain.update.step import Metrics, Step
+from functrain.update.step import Step
 
 Body = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
 """From a state, a batch or several, and the hyperparameters of this call, to the next state and metrics."""
@@ -34,7 +35,15 @@ def make_turn(steps: Sequence[Step], turn: Turn, *, measured: bool = False, stac
             if step.options.accumulate > 1:
                 state, metrics = step.window(state, batch, settings, measured=measured)
             else:
-                state, metrics = step.whole(state, batch, settings, measured=measured, repeat=turn[:nth].count(index))
+                before = {name: of_loss(of_phase[-1]) for name, of_phase in found.items() if name != step.name}
+                state, metrics = step.whole(
+                    state,
+                    batch,
+                    settings,
+                    measured=measured,
+                    repeat=turn[:nth].count(index),
+                    before=before if index != turn[0] else None,
+                )
             found.setdefault(step.name, []).append(metrics)
         if steps[turn[0]].options.accumulate == 1:
             state = dataclasses.replace(state, batches=state.batches + 1)

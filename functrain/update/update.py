@@ -15,9 +15,9 @@ from functrain.update.calling import Calling
 from functrain.update.checks import check_context, check_cycle, check_not_deleted, check_state, check_whole
 from functrain.update.configuration import written
 from functrain.update.initial import abstract_state, adopted_state, initial_state
+from functrain.update.metrics import Metrics
 from functrain.update.stages import stage_of
 from functrain.update.state import TrainState
-from functrain.update.step import Metrics
 from functrain.update.turns import make_cycles, make_turn
 
 
