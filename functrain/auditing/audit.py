@@ -17,7 +17,7 @@ from functrain.tree.partition import Partition
 from functrain.tree.paths import PyTree
 from functrain.tree.selectors import non_float
 from functrain.tree.text import aligned, bytes_in_words, listed
-from functrain.update.phases import Alternation, Phase
+from functrain.update.phases import Alternation, Phase, with_optimizers_of
 
 LEVELS = ("error", "warning", "note")
 
@@ -137,6 +137,7 @@ def audit(
         phases = loss_fn.phases
         if optim is not None:
             loss_fn.check(optim)
+            optim = with_optimizers_of(loss_fn, optim)
     else:
         phases = (Phase("", loss_fn, trained, route=route, loss_weights=loss_weights),)
     inputs = Inputs.of(parts, params, batch, Context(key, model_state, np.int32(0)))
@@ -147,7 +148,9 @@ def audit(
     state_bytes = {}
     if optim is not None:
         states = jax.eval_shape(lambda arrays: optim.init(inputs.params(arrays)), inputs.arrays)
-        state_bytes = {part: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(states[part])) for part in trained}
+        state_bytes = dict.fromkeys(trained, 0)
+        for name, part in optim.owners.items():
+            state_bytes[part] += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states[name]))
     flops = [backward_flops(phase, given) for phase, given in zip(phases, each, strict=True)]
     total = sum(whole for whole, _ in flops) or 1.0
     return Audit(

@@ -60,7 +60,7 @@ class Rows:
         return row | {
             f"train/{name}/{part}": float(value)
             for part in named
-            if part in joined
+            if optim.owners[part] in joined
             for name, value in named[part].items()
         }
 

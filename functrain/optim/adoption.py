@@ -1,7 +1,7 @@
 """What an optimizer state takes over from another one, of other parts or other transforms."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.optim.states import parameter_of
+from functrain.optim.transforms import state_name
 from functrain.tree.partition import Partition
 from functrain.tree.paths import Flat, flatten, unflatten
 from functrain.tree.text import leaves_in_words
@@ -82,6 +83,42 @@ def adopted(
       new_paths: the parameters of each new part.
       old_paths: the parameters of each old part.
     """
+    states: dict[str, Flat] = {}
+    report = Adoption({}, {}, {}, {})
+    # Of other transforms of the parts, those of one name are an optimizer of their own.
+    now, before = _by_suffix(new, new_paths), _by_suffix(old, old_paths)
+    for suffix in {**now, **before}:
+        made, of_these = _adopted(now.get(suffix, {}), before.get(suffix, {}), new_paths, old_paths)
+        states |= _suffixed(made, suffix)
+        report = Adoption(
+            carried=report.carried | _suffixed(of_these.carried, suffix),
+            anew=report.anew | _suffixed(of_these.anew, suffix),
+            dropped=report.dropped | _suffixed(of_these.dropped, suffix),
+            sources=report.sources
+            | {part + suffix: tuple(each + suffix for each in of) for part, of in of_these.sources.items()},
+        )
+    return states, report
+
+
+def _suffixed(by_part: Mapping[str, Any], suffix: str) -> dict[str, Any]:
+    return {part + suffix: value for part, value in by_part.items()}
+
+
+def _by_suffix(states: Mapping[str, Flat], parts: Collection[str]) -> dict[str, dict[str, Flat]]:
+    """States by part, for each "@name" of other transforms that there is; of the parts' own it is empty."""
+    found: dict[str, dict[str, Flat]] = {"": {}}
+    for name, flat in states.items():
+        part = name if name in parts else next(part for part in parts if name.startswith(state_name(part, "")))
+        found.setdefault(name.removeprefix(part), {})[part] = flat
+    return found
+
+
+def _adopted(
+    new: Mapping[str, Flat],
+    old: Mapping[str, Flat],
+    new_paths: Mapping[str, Sequence[str]],
+    old_paths: Mapping[str, Sequence[str]],
+) -> tuple[dict[str, Flat], Adoption]:
     entries = [entry for part, flat in old.items() for entry in _entries(part, flat, old_paths[part])]
     owner = {path: part for part in old for path in old_paths[part]}
     used: set[tuple[str, str]] = set()

@@ -5,10 +5,10 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
-from functrain.optim.checks import check_joins, check_transforms
+from functrain.optim.checks import check_joins, check_others, check_transforms
 from functrain.optim.clipping import By, Norms, checked_norms
 from functrain.optim.describe import described
-from functrain.optim.transforms import Frozen, Transform
+from functrain.optim.transforms import Frozen, Transform, state_name
 from functrain.tree.partition import Partition, table
 
 
@@ -21,6 +21,7 @@ class Assignment:
     clip_norm: Norms | None = dataclasses.field(default=None, kw_only=True)
     clip_by: By | None = dataclasses.field(default=None, kw_only=True)
     frozen_until: Mapping[str, int] = dataclasses.field(default_factory=dict, kw_only=True)
+    others: Mapping[str, Mapping[str, Transform]] = dataclasses.field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         check_transforms(self.parts, self.transforms)
@@ -28,11 +29,30 @@ class Assignment:
         checked_norms(self.clip_norm, self.clip_by, self.trained)
         check_joins(self.frozen_until, self.transforms, self.trained)
         object.__setattr__(self, "frozen_until", dict(self.frozen_until))
+        check_others(self.others, self.transforms, self.trained)
+        object.__setattr__(self, "others", {name: dict(of_parts) for name, of_parts in self.others.items()})
 
     @property
     def trained(self) -> tuple[str, ...]:
         """The parts that have a transform; what to give to `make_train_step(..., wrt=optim.trained)`."""
         return tuple(part for part in self.parts.names if not isinstance(self.transforms[part], Frozen))
+
+    @functools.cached_property
+    def owners(self) -> dict[str, str]:
+        """The part that each optimizer state is of: a part has one under its name, and one for each of its others."""
+        own = {part: part for part in self.trained}
+        return own | {state_name(part, name): part for name, of_parts in self.others.items() for part in of_parts}
+
+    def states_used(self, using: str | None) -> dict[str, str]:
+        """The name of the optimizer state that each part is stepped with, its own or its other of a name."""
+        of_parts = self.others.get(using, {}) if using else {}
+        return {part: state_name(part, str(using)) if part in of_parts else part for part in self.trained}
+
+    @functools.cached_property
+    def all_transforms(self) -> dict[str, Transform]:
+        """The transforms by the name of their state; of frozen parts, by part."""
+        others = {state_name(part, name): tx for name, of_parts in self.others.items() for part, tx in of_parts.items()}
+        return {**self.transforms, **others}
 
     def trained_at(self, step: int) -> tuple[str, ...]:
         """The parts that an update trains when a run has finished this many steps: those that have joined.
@@ -54,9 +74,11 @@ class Assignment:
     def described(self) -> dict[str, str]:
         """What the transform of each part is made of, as far as it can be told; "frozen" for a frozen one."""
         texts = {part: described(self.transforms[part]) for part in self.parts.names}
-        return texts | {
-            part: f"frozen until step {step}, then {texts[part]}" for part, step in self.frozen_until.items()
-        }
+        texts |= {part: f"frozen until step {step}, then {texts[part]}" for part, step in self.frozen_until.items()}
+        for name, of_parts in self.others.items():
+            for part, tx in of_parts.items():
+                texts[part] += f"; in {name} {described(tx)}"
+        return texts
 
     def __str__(self) -> str:
         return table(self.parts, "optimizer", list(self.described.values()))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from functrain.errors import OptimizerError, PartitionError
 from functrain.optim.declared import accepted
 from functrain.optim.held import RATE, held_in, hyperparameters_in, settings_in
-from functrain.optim.transforms import Frozen, Transform
+from functrain.optim.transforms import Frozen, Transform, state_name
 from functrain.tree.partition import Partition, Split
 from functrain.tree.selectors import non_float
 from functrain.tree.text import around_first_difference, did_you_mean, listed
@@ -60,6 +60,32 @@ def check_joins(frozen_until: Mapping[str, int], transforms: Mapping[str, Transf
         raise OptimizerError(
             f"frozen_until has every trained part, {listed(trained)}, and none would learn at first: leave one out"
         )
+
+
+def check_others(
+    others: Mapping[str, Mapping[str, Transform]], transforms: Mapping[str, Transform], trained: Sequence[str]
+) -> None:
+    """Raises unless the other transforms are of trained parts, and their states have names of their own."""
+    if not isinstance(others, Mapping) or not all(isinstance(of_parts, Mapping) for of_parts in others.values()):
+        raise OptimizerError(
+            f"others={others!r}: give transforms by name and part, {{'aux': {{'shared': optax.sgd(0.1)}}}}"
+        )
+    for name, of_parts in others.items():
+        for part, tx in of_parts.items():
+            if part not in trained:
+                raise OptimizerError(
+                    f"others has a transform of {part!r} in {name!r}, which is frozen or no part: give it to a trained"
+                    f" part, of {listed(trained, 30)}{did_you_mean([part], trained)}"
+                )
+            if isinstance(tx, Frozen) or not (hasattr(tx, "init") and hasattr(tx, "update")):
+                raise OptimizerError(
+                    f"part {part!r} in {name!r}: {tx!r} is no optax transform; write e.g. optax.adam(1e-3)"
+                )
+            if state_name(part, name) in transforms:
+                raise OptimizerError(
+                    f"the state of {part!r} in {name!r} would have the name of the part {state_name(part, name)!r}:"
+                    " rename one of them"
+                )
 
 
 def check_params(parts: Partition, trained: Sequence[str], split: Split) -> None:
@@ -161,6 +187,15 @@ def check_state(opt_state: Mapping[str, Any], structures: Mapping[str, Any]) -> 
                 f"the state of part {part!r} is not one that its transform makes: {given} where {expected} was"
                 " expected; use optim.init(params) of this optimizer"
             )
+
+
+def check_using(using: str | None, others: Mapping[str, Any]) -> None:
+    """Raises for the name of other transforms that an optimizer does not have."""
+    if using is not None and using not in others:
+        raise OptimizerError(
+            f"using={using!r}: the optimizer has no other transforms of that name, of {listed(others) or 'none'}"
+            f"{did_you_mean([using], others)}; make it with others={{{using!r}: {{part: transform}}}}"
+        )
 
 
 def check_part_state(opt_state: Mapping[str, Any], structures: Mapping[str, Any], part: str) -> None:

@@ -7,7 +7,14 @@ from typing import Any
 import optax
 
 from functrain.optim.adoption import Adoption, adopted_states
-from functrain.optim.checks import check_extra_args, check_grads, check_params, check_state, checked_settings
+from functrain.optim.checks import (
+    check_extra_args,
+    check_grads,
+    check_params,
+    check_state,
+    check_using,
+    checked_settings,
+)
 from functrain.optim.clipping import checked_norms, clipped
 from functrain.optim.state_access import StateAccess
 from functrain.optim.state_form import placeholder_type
@@ -42,6 +49,9 @@ class Optimizer(StateAccess):
         each "tensor".
       frozen_until: `{part: step}`, parts that join a run on the way: they make their first update when it has finished
         that many steps, and cost nothing before: no gradient, no program that computes one, no change of their state.
+      others: `{name: {part: transform}}`, more transforms of trained parts, each with a state of its own, under
+        "part@name": `step(..., using=name)` steps these parts with them, in the place of their own. `ft.Phase(...,
+        optim={part: transform})` makes them.
 
     Raises:
       OptimizerError: a part without a transform, a transform without a part, a norm that is none, or a step from which
@@ -63,7 +73,7 @@ class Optimizer(StateAccess):
             return {part: of_part.form.with_placeholder(params) for part, of_part in self._transforms.items()}
         split = self.parts.split(params)
         check_params(self.parts, self.trained, split)
-        return {part: of_part.init(split[part]) for part, of_part in self._transforms.items()}
+        return {name: of_part.init(split[of_part.part]) for name, of_part in self._transforms.items()}
 
     def update(
         self,
@@ -73,6 +83,7 @@ class Optimizer(StateAccess):
         *,
         lr: Mapping[str, Any] | None = None,
         set: Mapping[str, Mapping[str, Any]] | None = None,  # noqa: A002
+        using: str | None = None,
         **extra: Any,
     ) -> tuple[Split, dict[str, Any]]:
         """The updates that `step` adds to the parameters, in optax's own form.
@@ -84,6 +95,7 @@ class Optimizer(StateAccess):
           params: the whole tree.
           lr: learning rates of this step alone, by part; parts that make no step now may be named too.
           set: hyperparameters of this step alone, `{part: {name: scalar}}`, of parts made by `with_state`.
+          using: a name of `others`, whose transforms step their parts in this step.
           **extra: optax's extra arguments, given to the transforms that declare them: `value=`, the loss, `value_fn=`,
             the loss as a function of whole params, or any other. Of a tree like params, or a split one, a part is given
             its own leaves; a function of whole params is one of the part's leaves to it. `grad` and `grad_fn` follow
@@ -102,17 +114,19 @@ class Optimizer(StateAccess):
         split = self.parts.split(params)
         check_grads(grads, self.parts, self.trained, split)
         check_state(opt_state, self._structures)
-        settings = checked_settings(lr, set, opt_state, self.transforms)
-        check_extra_args(extra, settings, self.transforms)
+        settings = checked_settings(lr, set, opt_state, self.all_transforms)
+        check_extra_args(extra, settings, self.all_transforms)
+        check_using(using, self.others)
         unclipped = grads
         if self.clip_norm is not None:
             grads = clipped(grads, *checked_norms(self.clip_norm, self.clip_by, self.trained))
         updates: Split = {}
-        new_state = dict(opt_state)
+        new_state, names = dict(opt_state), self.states_used(using)
         for part, flat in grads.items():
-            of_part = self._transforms[part]
-            given = of_part.arguments(extra, unclipped[part], params) | settings.get(part, {})
-            updates[part], new_state[part] = of_part.update(flat, opt_state[part], split[part], **given)
+            name = names[part]
+            of_part = self._transforms[name]
+            given = of_part.arguments(extra, unclipped[part], params) | settings.get(name, {})
+            updates[part], new_state[name] = of_part.update(flat, opt_state[name], split[part], **given)
         return updates, new_state
 
     def step(
@@ -123,6 +137,7 @@ class Optimizer(StateAccess):
         *,
         lr: Mapping[str, Any] | None = None,
         set: Mapping[str, Mapping[str, Any]] | None = None,  # noqa: A002
+        using: str | None = None,
         **extra: Any,
     ) -> tuple[PyTree, dict[str, Any]]:
         """Updates the parameters of the parts whose gradients are given. Arguments and errors as for `update`.
@@ -131,7 +146,7 @@ class Optimizer(StateAccess):
           The whole new params, each leaf of its old dtype, and the new state. A `jit` of one's own over several devices
           may lay out state anew that is not shaped like its parameter; `out_shardings=optim.shardings(...)` keeps it.
         """
-        updates, opt_state = self.update(grads, opt_state, params, lr=lr, set=set, **extra)
+        updates, opt_state = self.update(grads, opt_state, params, lr=lr, set=set, using=using, **extra)
         return self.apply_updates(params, updates), opt_state
 
     def apply_updates(self, params: PyTree, updates: Mapping[str, Mapping[str, Any]]) -> PyTree:
@@ -171,4 +186,4 @@ class Optimizer(StateAccess):
         check_state(other_state, other._structures)
         opt_state, report = adopted_states(self.init(params), other_state, self.parts, other.parts)
         split = self.parts.split(params)
-        return {part: laid_out(state, split[part]) for part, state in opt_state.items()}, report
+        return {name: laid_out(state, split[self.owners[name]]) for name, state in opt_state.items()}, report

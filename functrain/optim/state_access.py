@@ -51,8 +51,8 @@ class StateAccess(Assignment):
     def hyperparameters(self, opt_state: Mapping[str, Any]) -> dict[str, dict[str, jax.Array]]:
         """What is state of `with_state` and `with_lr`, as last used or set since: `{part: {name: float32 scalar}}`."""
         check_state(opt_state, self._structures)
-        found = {part: hyperparameters_in(opt_state[part]) for part in self.trained}
-        return {part: named for part, named in found.items() if named}
+        found = {name: hyperparameters_in(opt_state[name]) for name in self.owners}
+        return {name: named for name, named in found.items() if named}
 
     def with_learning_rates(self, opt_state: Mapping[str, Any], rates: Mapping[str, Any]) -> dict[str, Any]:
         """The same state with other learning rates from now on.
@@ -95,7 +95,7 @@ class StateAccess(Assignment):
     ) -> dict[str, Any]:
         check_state(opt_state, self._structures)
         new_state = dict(opt_state)
-        for part, named in checked_settings(rates, settings, opt_state, self.transforms).items():
+        for part, named in checked_settings(rates, settings, opt_state, self.all_transforms).items():
             check_no_schedule(part, opt_state[part], named)
             new_state[part] = with_settings(opt_state[part], named)
         return new_state
@@ -111,16 +111,16 @@ class StateAccess(Assignment):
         """
         split = self.parts.split(params_shardings)
         return {
-            part: state_shardings(of_part.form.shapes, self.parts.shapes(part), split[part])
-            for part, of_part in self._transforms.items()
+            name: state_shardings(of_part.form.shapes, self.parts.shapes(of_part.part), split[of_part.part])
+            for name, of_part in self._transforms.items()
         }
 
     @functools.cached_property
     def _transforms(self) -> dict[str, PartTransform]:
-        """The transforms of the trained parts."""
-        return {part: PartTransform(self.parts, part, self.transforms[part]) for part in self.trained}
+        """The transforms of the trained parts, by the name of their state."""
+        return {name: PartTransform(self.parts, part, self.all_transforms[name]) for name, part in self.owners.items()}
 
     @property
     def _structures(self) -> dict[str, Any]:
         """The tree structures of the states of the trained parts."""
-        return {part: of_part.form.crossing for part, of_part in self._transforms.items()}
+        return {name: of_part.form.crossing for name, of_part in self._transforms.items()}

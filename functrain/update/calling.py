@@ -124,7 +124,7 @@ class Calling:
         return self._programs.run(call, state, batch, settings, batches=1, steps=len(call.turns[0]))
 
     def _settings(self, lr: Any, hyperparameters: Any) -> Settings | None:
-        return checked_settings(lr, hyperparameters, self.optim.trained)
+        return checked_settings(lr, hyperparameters, self.optim.owners)
 
     @functools.cached_property
     def _programs(self) -> Programs:

@@ -1,6 +1,6 @@
 """What an update refuses of a call; each error says what to write instead."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,14 +49,14 @@ def check_whole(state: TrainState, where: str) -> None:
         raise UpdateError(f"{where} takes in whole windows, but one is pending: end it first, with update.flush(state)")
 
 
-def check_rates(lr: Mapping[str, Any] | None, trained: Sequence[str]) -> None:
+def check_rates(lr: Mapping[str, Any] | None, trained: Collection[str]) -> None:
     """Raises unless the rates are by part."""
     if lr is not None and (not isinstance(lr, Mapping) or any(part not in trained for part in lr)):
         raise UpdateError(f"lr={lr!r}: give a rate by part, of the parts {listed(trained)}")
 
 
 def checked_settings(
-    lr: Mapping[str, Any] | None, hyperparameters: Mapping[str, Any] | None, trained: Sequence[str]
+    lr: Mapping[str, Any] | None, hyperparameters: Mapping[str, Any] | None, trained: Collection[str]
 ) -> Settings | None:
     """What a call is given for its steps, None where that is nothing; raises unless it is by part."""
     if lr is None and hyperparameters is None:

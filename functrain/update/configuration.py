@@ -14,8 +14,8 @@ def written(schedule: Alternation, options: Options) -> str:
     optim, phases = options.optim, schedule.phases
     return json.dumps({
         "parts": {part: optim.parts.paths(part) for part in optim.parts.names},
-        "optimizers": {part: made_by(tx) for part, tx in optim.transforms.items()},
-        "makeup": {part: makeup(tx) for part, tx in optim.transforms.items()},
+        "optimizers": {part: made_by(tx) for part, tx in optim.all_transforms.items()},
+        "makeup": {part: makeup(tx) for part, tx in optim.all_transforms.items()},
         "clip": clip_written(optim.clip_norm, optim.clip_by, optim.trained),
         "frozen_until": optim.frozen_until,
         "accumulate": options.accumulate,

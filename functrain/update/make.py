@@ -9,7 +9,7 @@ from functrain.optim.optimizer import Optimizer
 from functrain.tree.selectors import Selector
 from functrain.update.ema import averages_of
 from functrain.update.options import Options
-from functrain.update.phases import Alternation, scheduled
+from functrain.update.phases import Alternation, scheduled, with_optimizers_of
 from functrain.update.precision import DynamicScale, caster, narrow_dtype
 from functrain.update.step import After
 from functrain.update.steps import Steps, of_arrays
@@ -99,6 +99,8 @@ def make_update(
         that takes the batch of another.
     """
     whole, optim = of_arrays(optim)
+    schedule = scheduled(loss_fn, optim, accumulate, route=route, loss_weights=loss_weights)
+    optim = with_optimizers_of(schedule, optim)
     options = Options(
         optim=optim,
         whole=whole,
@@ -111,7 +113,6 @@ def make_update(
         narrow=narrow_dtype(compute_dtype, cast_batch),
         surgery=None if gradients is None else Surgery(gradients),
     )
-    schedule = scheduled(loss_fn, optim, accumulate, route=route, loss_weights=loss_weights)
     check_per_example(per_example, optim.trained)
     steps = Steps(
         options=options,

@@ -10,7 +10,8 @@ from functrain.errors import PartitionError, PhaseError, UpdateError
 from functrain.gradients.loss import name_of, required_context
 from functrain.gradients.routes import Route, Weight
 from functrain.optim.optimizer import Optimizer
-from functrain.tree.text import listed
+from functrain.optim.transforms import Transform
+from functrain.tree.text import did_you_mean, listed
 
 Turn = tuple[int, ...]
 """The phases, by index, that make a step each on one batch, or with accumulation on one window, in order."""
@@ -37,6 +38,8 @@ class Phase:
       route: which losses each of its parts learns from, as for `make_train_step`.
       loss_weights: the weights of named losses in the sum, as for `make_train_step`.
       after: `fn(params, model_state, step) -> (params, model_state)`, compiled in after each step of this phase.
+      optim: `{part: transform}`, of those of its parts that this phase updates with a transform and a state of its own,
+        in the place of the optimizer's. The state's name is "part@phase": `lr={"shared@aux": 1e-3}`.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Phase:
     route: Route | None = None
     loss_weights: Mapping[str, Weight] | None = None
     after: Callable[..., Any] | None = None
+    optim: Mapping[str, Transform] | None = None
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -194,6 +198,30 @@ class Alternation:
         idle = [part for part in optim.trained if not any(part in phase.trained for phase in self.phases)]
         if idle:
             raise PhaseError(f"no phase updates {listed(idle)}: name it in the parts of one, or freeze it: ft.FROZEN")
+        self._check_transforms()
+
+    def _check_transforms(self) -> None:
+        """Raises unless the transforms that phases have of their own are of their parts, and leave a use to others."""
+        own: dict[str, list[bool]] = {}
+        for phase in self.phases:
+            of_phase = phase.optim or {}
+            if not isinstance(of_phase, Mapping):
+                raise PhaseError(
+                    f"phase {phase.name!r}: optim={of_phase!r}: give transforms by part,"
+                    " optim={'body': optax.sgd(0.1)}"
+                )
+            if unknown := [part for part in of_phase if part not in phase.trained]:
+                raise PhaseError(
+                    f"phase {phase.name!r} has a transform of {listed(unknown)}, which it does not update: name it in"
+                    f" parts=, or leave it out of optim={did_you_mean(unknown, phase.trained)}"
+                )
+            for part in phase.trained:
+                own.setdefault(part, []).append(part in of_phase)
+        if unused := [part for part, all_own in own.items() if all(all_own)]:
+            raise PhaseError(
+                f"every phase that updates {listed(unused)} has a transform of its own for it, and that of the"
+                " optimizer would never be used: leave it out of the optim= of one phase"
+            )
 
 
 def alternate(*phases: Phase, phase: Callable[[int], str] | None = None) -> Alternation:
@@ -241,6 +269,12 @@ def alternate(*phases: Phase, phase: Callable[[int], str] | None = None) -> Alte
     if phases[0].same_batch:
         raise PhaseError(f"phase {names[0]!r} is the first, and has no batch before it: write same_batch=False")
     return Alternation(phases, phase)
+
+
+def with_optimizers_of(schedule: Alternation, optim: Optimizer) -> Optimizer:
+    """The optimizer, with the transforms that phases have of their own among its others."""
+    of_phases = {phase.name: phase.optim for phase in schedule.phases if phase.optim}
+    return dataclasses.replace(optim, others={**optim.others, **of_phases}) if of_phases else optim
 
 
 def period(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:

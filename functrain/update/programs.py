@@ -226,8 +226,9 @@ def _changed(steps: Sequence[Step], call: Call, form: Form) -> list[int]:
         if not any(step.after for step in mine):
             split = mine[0].options.optim.parts.split(params)
             params = [split[part] for part in parts]
-        of_parts = [[numbers[field][part] for part in parts if part in (numbers[field] or ())] for field in _BY_PART]
-        changed += [params, of_parts, numbers["scale_state"]]
+        names = {mine[0].options.optim.states_used(step.using)[part] for step in mine for part in step.parts}
+        ema = [numbers["ema"][part] for part in parts if part in (numbers["ema"] or ())]
+        changed += [params, [numbers["opt_state"][name] for name in names], ema, numbers["scale_state"]]
     return sorted(jax.tree.leaves(changed))
 
 

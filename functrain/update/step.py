@@ -13,14 +13,14 @@ from functrain.errors import LossError, UpdateError
 from functrain.gradients.loss import Context, Loss
 from functrain.gradients.objective import Objective
 from functrain.optim.own_tree import ByPart
-from functrain.tree.arrays import as_array, common_length, is_finite, leading_lengths
+from functrain.tree.arrays import as_array, is_finite
 from functrain.tree.paths import PyTree, flatten, structure_difference
 from functrain.update.ema import check_averages
 from functrain.update.metrics import Metrics, metrics_of
 from functrain.update.options import Options, Settings
 from functrain.update.state import TrainState
 from functrain.update.telemetry import by_part
-from functrain.update.window import add_to_window, empty_window
+from functrain.update.window import add_to_window, empty_window, sliced
 
 After = Callable[[PyTree, Any, Any], tuple[PyTree, Any]]
 
@@ -55,6 +55,7 @@ class Step:
       name: the phase's; empty for an update without phases.
       index: the phase's number.
       parts: the parts that it trains.
+      using: the name of the optimizer's other transforms that it steps with; None for the parts' own.
       gradient: from `make_gradient`, of the phase's loss.
       objective: from `make_objective`, of the same.
       after: what is done after each optimizer step, in order.
@@ -67,6 +68,7 @@ class Step:
     name: str
     index: int
     parts: tuple[str, ...]
+    using: str | None
     gradient: Callable[..., tuple[Any, Loss, Any]]
     objective: Objective
     after: tuple[After, ...]
@@ -109,7 +111,7 @@ class Step:
         state = _one_batch_more(state)
         grads = self._operated(state, grads, metrics)
         return self._end(
-            state, grads, metrics, model_state, settings, measured=measured, value_fn=self._not_of_a_window
+            state, grads, metrics, model_state, settings, measured=measured, value_fn=_none_of(self.options.accumulate)
         )
 
     def flush(self, state: TrainState, settings: Settings | None, *, measured: bool) -> tuple[TrainState, Metrics]:
@@ -118,7 +120,7 @@ class Step:
         grads, metrics = state.window.mean()
         grads = self._operated(state, grads, metrics)
         arguments = (state, grads, metrics, state.model_state, settings)
-        return self._end(*arguments, measured=measured, value_fn=self._not_of_a_window)
+        return self._end(*arguments, measured=measured, value_fn=_none_of(self.options.accumulate))
 
     def window(
         self, state: TrainState, batches: Any, settings: Settings | None, *, measured: bool
@@ -189,14 +191,6 @@ class Step:
 
         return self._of_slices(value, batch, self._key(state, repeat), state.model_state)[1]
 
-    def _not_of_a_window(self, params: PyTree) -> Any:
-        del params
-        raise UpdateError(
-            f"accumulate={self.options.accumulate}: a transform calls value_fn or grad_fn, the loss as a function of"
-            " params (as a line search does, and SAM), for which the batches of a window are gone: write"
-            f" microbatches={self.options.accumulate} in the place of accumulate, and give larger batches"
-        )
-
     def _of_slices(
         self, of_batch: Callable[..., tuple[Any, Any, Any, Any]], batch: Any, key: Any, model_state: Any
     ) -> tuple[Any, Any, Any, Any]:
@@ -212,7 +206,7 @@ class Step:
             grads, metrics, weight, model_state = of_batch(batch, folded, model_state)
             return (add_to_window(window, grads, metrics, weight), model_state), None
 
-        slices = _sliced(batch, count)
+        slices = sliced(batch, count)
         one = jax.tree.map(lambda leaf: leaf[0], slices)
         of_grads, of_metrics, *_ = jax.eval_shape(of_batch, one, key, model_state)
         start = (empty_window(of_grads, of_metrics), model_state)
@@ -279,7 +273,7 @@ class Step:
         """An optimizer step, and what is done after it."""
         optim = self.options.optim
         given = {} if settings is None else settings._asdict()
-        updates, opt_state = optim.update(grads, state.opt_state, state.params, **given, **extra)
+        updates, opt_state = optim.update(grads, state.opt_state, state.params, using=self.using, **given, **extra)
         params, model_state = optim.apply_updates(state.params, updates), state.model_state
         for after in self.after:
             returned = after(params, model_state, state.step)
@@ -293,7 +287,9 @@ class Step:
             ema = averages.stepped(ema, params, self.parts)
         telemetry = {}
         if measured:
-            telemetry = by_part(grads, updates, optim.parts.split(state.params), optim.hyperparameters(opt_state))
+            used = optim.hyperparameters(opt_state)
+            named = {part: used.get(name, {}) for part, name in optim.states_used(self.using).items()}
+            telemetry = by_part(grads, updates, optim.parts.split(state.params), named)
             for part, distance in (averages.distances(ema, params, self.parts) if averages else {}).items():
                 telemetry[part]["ema_distance"] = distance
         return _Stepped(params, opt_state, model_state, ema, telemetry)
@@ -308,24 +304,22 @@ def _guarded(step: Callable[[], _Stepped], state: TrainState, skipped: jax.Array
     return stepped
 
 
+def _none_of(accumulate: int) -> Callable[[PyTree], Any]:
+    """In the place of the loss as a function of params, where the batches of a window are gone."""
+
+    def value_fn(params: PyTree) -> Any:
+        del params
+        raise UpdateError(
+            f"accumulate={accumulate}: a transform calls value_fn or grad_fn, the loss as a function of params (as a"
+            " line search does, and SAM), for which the batches of a window are gone: write"
+            f" microbatches={accumulate} in the place of accumulate, and give larger batches"
+        )
+
+    return value_fn
+
+
 def _one_batch_more(state: TrainState) -> TrainState:
     return dataclasses.replace(state, batches=state.batches + 1, pending=state.pending + 1)
-
-
-def _sliced(batch: Any, count: int) -> Any:
-    """A batch as slices on a new leading axis; each takes every count-th example, so that none leaves its device."""
-    lengths = leading_lengths(batch)
-    if len({*lengths.values()}) > 1:
-        shapes = {path: jnp.shape(leaf) for path, leaf in flatten(batch).items()}
-        raise UpdateError(
-            f"microbatches={count}: the leaves of a batch must have one leading axis, of examples: {shapes}"
-        )
-    if lengths and (common_length(lengths.values()) or 1) % count:
-        path, leaf = next(iter(flatten(batch).items()))
-        raise UpdateError(
-            f"microbatches={count}: the leading axis of {path!r}, shaped {jnp.shape(leaf)}, is no multiple of it"
-        )
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1), batch)
 
 
 def _like(new: Any, old: Any, what: str, error: type[Exception]) -> Any:

@@ -53,6 +53,7 @@ class Steps:
             name=phase.name,
             index=index,
             parts=trained,
+            using=phase.name if phase.optim else None,
             gradient=gradient,
             objective=make_objective(loss, phase.trained, **losses),
             after=tuple(bound(each, optim, whole) for each in (phase.after, self.after) if each is not None),

@@ -1,4 +1,4 @@
-"""A window: the batches whose gradients make one optimizer step, while it is not finished."""
+"""A window: the batches whose gradients make one optimizer step, while it is not finished; and slices of a batch."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from functrain.errors import UpdateError
 from functrain.gradients.accumulation import Accumulated, accumulate, zeros
-from functrain.tree.arrays import wide
+from functrain.tree.arrays import common_length, leading_lengths, wide
 from functrain.tree.paths import flatten, structure_difference
 from functrain.tree.text import listed
 
@@ -80,3 +80,19 @@ def _check_metrics(metrics: Any, sums: Any) -> None:
             f" tree {differs}; return the same until the window is ended, or go on without it, in fit in run_started of"
             " a hook: run.state = dataclasses.replace(run.state, window=None, pending=np.array(0))"
         )
+
+
+def sliced(batch: Any, count: int) -> Any:
+    """A batch as slices on a new leading axis; each takes every count-th example, so that none leaves its device."""
+    lengths = leading_lengths(batch)
+    if len({*lengths.values()}) > 1:
+        shapes = {path: jnp.shape(leaf) for path, leaf in flatten(batch).items()}
+        raise UpdateError(
+            f"microbatches={count}: the leaves of a batch must have one leading axis, of examples: {shapes}"
+        )
+    if lengths and (common_length(lengths.values()) or 1) % count:
+        path, leaf = next(iter(flatten(batch).items()))
+        raise UpdateError(
+            f"microbatches={count}: the leading axis of {path!r}, shaped {jnp.shape(leaf)}, is no multiple of it"
+        )
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1), batch)
