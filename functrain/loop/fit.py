@@ -27,6 +27,7 @@ from functrain.loop.run import Run
 from functrain.loop.saving import Rates, Saver
 from functrain.loop.signals import StopSignals
 from functrain.loop.training import Plan, train
+from functrain.update.packed import as_it_was
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 
@@ -139,6 +140,7 @@ def fit(
       SystemExit: 143 or 130 after SIGTERM or SIGINT: the update was finished and saved, data was not waited for.
     """
     check_given(locals())
+    state = as_it_was(state)  # Where there is a checkpoint, the run goes on from that.
     watching = [*([stop] if stop else []), *hooks]
     log, all_hooks = log or Every(updates=100), Hooks(watching)
     plan = Plan(

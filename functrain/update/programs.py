@@ -12,8 +12,8 @@ import numpy as np
 from functrain.errors import LossError
 from functrain.gradients.loss import Loss, name_of
 from functrain.tree.text import listed
-from functrain.update.checks import check_not_deleted
-from functrain.update.packed import Form, pack, packed_leaves, unpack
+from functrain.update.consumed import check_not_deleted
+from functrain.update.packed import Form, consume, pack, packed_leaves, unpack
 from functrain.update.phases import Phase, Turn
 from functrain.update.precision import check_products
 from functrain.update.state import TrainState
@@ -88,6 +88,7 @@ class Program:
         # One leaf of each tells: what a call consumes is deleted together.
         check_not_deleted([*consumed[0][:1], *read[0][:1], *([consumed[1].weight] if consumed[1] else [])])
         changed, window, metrics = self.jitted(consumed, read, batch, lr)
+        consume(state)
         leaves = changed
         if len(changed) < self.form.leaves:
             leaves = pack(state)[1].copy()

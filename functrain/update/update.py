@@ -19,7 +19,6 @@ from functrain.tree.paths import PyTree
 from functrain.tree.text import listed
 from functrain.update.checks import (
     check_cycle,
-    check_not_deleted,
     check_position,
     check_rates,
     check_state,
@@ -27,6 +26,7 @@ from functrain.update.checks import (
     checked_count,
 )
 from functrain.update.compiling import calls_of
+from functrain.update.consumed import check_not_deleted
 from functrain.update.initial import abstract_state, adopted_state, initial_state
 from functrain.update.options import Options
 from functrain.update.phases import Alternation, period

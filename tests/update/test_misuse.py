@@ -1,5 +1,7 @@
 """What is commonly written wrong, and what the error says to write."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,3 +70,69 @@ def test_all_parts_that_no_loss_reaches_are_told_at_once():
     told = says("'body' ('body/b', 'body/w') and the trained part 'head' ('head')", "freeze these parts")
     with pytest.raises(ft.AuditError, match=told):
         of_tail(of_tail.init(PARAMS), {"x": 1.0})
+
+
+def reads_of(update, state):
+    """What is commonly done with a state, each as a function of nothing."""
+    with_head = ft.Evaluation(lambda params, batch: {"head": batch["x"] * params["head"]}, [{"x": np.ones(2)}])
+    return {
+        "a parameter": lambda: state.params["head"] + 1,
+        "its optimizer": lambda: optim().learning_rates(state.opt_state),
+        "its leaves": lambda: jax.tree.leaves(state),
+        "a copy": lambda: copy.deepcopy(state),
+        "evaluation": lambda: with_head(state.params),
+        "adopt": lambda: update.adopt(update, state),
+        "a sweep": lambda: ft.lr_sweep(update, state, [{"x": 1.0}] * 2, {"head": (1e-3, 1.0)}),
+        "pure": lambda: update.pure(state, {"x": 1.0}),
+        "fit": lambda: ft.fit(update, state, [{"x": 1.0}], epochs=1),
+    }
+
+
+def test_whoever_reads_a_state_that_was_consumed_is_told_what_to_go_on_from(tmp_path):
+    each = update()
+    state = each.init(PARAMS)
+    shallow = jax.tree.map(lambda leaf: leaf, state)
+    state, _ = each(old := state, {"x": 1.0})
+    told = says("this state was consumed by an earlier call", "go on from the state", "state, metrics = update(state,")
+    for read in reads_of(each, old).values():
+        with pytest.raises(ft.UpdateError, match=told):
+            read()
+    checkpoints = ft.Checkpoints(tmp_path)
+    for used in (old, shallow):
+        with pytest.raises(ft.UpdateError, match=told):
+            checkpoints.save(used)
+    assert not checkpoints.steps()
+    assert (int(old.step), int(old.batches), old.key) == (0, 0, None)
+    assert repr(old) == "<a TrainState that was consumed; the call returned the one to go on from>"
+    assert repr(state).startswith("TrainState(params={'body'")
+    for read in reads_of(each, copy.deepcopy(state)).values():
+        read()
+
+
+def test_of_a_state_only_what_was_consumed_can_not_be_read():
+    first_of_two = ft.make_update(
+        lambda params, batch, model_state: ft.Loss(batch["x"] * jnp.sum(params["head"]), model_state=model_state + 1),
+        optim(),
+        accumulate=2,
+        audit=False,
+    )
+    state = first_of_two.init(PARAMS, model_state=jnp.zeros(()))
+    first_of_two(state, {"x": 1.0})
+    assert state.params["head"].tolist() == [1.0, 1.0]
+    with pytest.raises(ft.UpdateError, match=says("by an earlier call, which deleted its model_state, and every")):
+        _ = state.model_state
+
+
+def test_checkpoints_are_of_states_in_a_folder(tmp_path):
+    checkpoints = ft.Checkpoints(tmp_path / "run")
+    for call, of in (("save(state)", checkpoints.save), ("restore(like=update.abstract(", checkpoints.restore)):
+        told = says("of a TrainState, not of a dict", f"checkpoints.{call}", "ft.load_params reads the params alone")
+        with pytest.raises(ft.CheckpointError, match=told):
+            of(PARAMS)
+    (tmp_path / "run.zip").touch()
+    told = says(f"{tmp_path / 'run.zip'} is a file: give a folder, such as {tmp_path / 'run'}-checkpoints")
+    for path in (tmp_path / "run.zip", tmp_path / "run.zip" / "first"):
+        with pytest.raises(ft.CheckpointError, match=told):
+            ft.Checkpoints(path)
+    with pytest.raises(ft.CheckpointError, match=told):
+        ft.load_params(tmp_path / "run.zip", like=PARAMS)
