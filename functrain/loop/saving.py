@@ -15,8 +15,8 @@ from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.hooks import Hooks
 from functrain.loop.logs import flattened
 from functrain.loop.run import Run
-from functrain.loop.warn import warn
 from functrain.optim.learning_rate import rates_in
+from functrain.tree.warn import warn
 from functrain.update.consumed import check_not_deleted
 from functrain.update.state import TrainState
 

@@ -26,8 +26,8 @@ from functrain.loop.checkpoint.staging import Staging
 from functrain.loop.checkpoint.storage import Storage
 from functrain.loop.checkpoint.writer import Writer
 from functrain.loop.every import Every
-from functrain.loop.warn import warn
 from functrain.tree.text import listed_lines
+from functrain.tree.warn import warn
 from functrain.update.consumed import check_not_deleted
 from functrain.update.state import TrainState
 
