@@ -13,6 +13,7 @@ from functrain.optim.transforms import Frozen, Transform
 from functrain.tree.partition import Partition, Split
 from functrain.tree.selectors import non_float
 from functrain.tree.text import around_first_difference, did_you_mean, listed
+from functrain.tree.warn import warn
 
 _HINT = "split gradients come from make_train_step(loss_fn, parts, wrt=optim.trained) or parts.split(grads)"
 
@@ -34,6 +35,21 @@ def check_transforms(parts: Partition, transforms: Mapping[str, Transform]) -> N
     for part, tx in transforms.items():
         if not isinstance(tx, Frozen) and not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise OptimizerError(f"part {part!r}: {tx!r} is no optax transform; write e.g. optax.adam(1e-3)")
+
+
+def tell_of_shared(parts: Partition, trained: Sequence[str]) -> None:
+    """Warns of arrays at several trained paths; one that is frozen at the others, as a target network is, is meant."""
+    of_trained = {path for part in trained for path in parts.paths(part)}
+    groups = [each for paths in parts.shared if len(each := [path for path in paths if path in of_trained]) > 1]
+    if groups:
+        shown = "; ".join(" and ".join(map(repr, group[:4])) for group in groups[:3])
+        arrays = "one array" if len(groups) == 1 else f"{len(groups):,} arrays"
+        more = f" and {len(groups) - 3:,} more" if len(groups) > 3 else ""
+        warn(
+            f"{sum(map(len, groups)):,} trained leaves are {arrays} ({shown}{more}), but parameters of their own, which"
+            " drift apart from the first step on: to tie them, keep one and use it twice in the model; if they are"
+            " meant to differ, copy one"
+        )
 
 
 def check_params(parts: Partition, trained: Sequence[str], split: Split) -> None:

@@ -58,9 +58,9 @@ def test_a_loss_that_is_no_mean_over_examples_is_told_once_with_both_values(loss
     (told,) = warned(loss_fn, **options)
     of, name = (summed, "loss") if loss_fn is summed else (contrastive, "pairs")
     numbers = re.fullmatch(
-        f"microbatches=2 computes another loss than the whole batch has: of a slice {of.__name__} returns the '{name}' (.*),"
-        " of its examples twice (.*), so that it is no mean over examples; write microbatches=1, or return a sum as a"
-        r" mean, ft.Loss\(sum / count, weight=count\)",
+        f"microbatches=2 computes another loss than the whole batch has: of a slice {of.__name__} returns the '{name}'"
+        " (.*), of its examples twice (.*), so that it is no mean over examples; write microbatches=1, or return a sum"
+        r" as a mean, ft.Loss\(sum / count, weight=count\)",
         told,
     )
     losses = (of(PARAMS, {"x": examples}) for examples in (X[::2], np.concatenate([X[::2]] * 2)))
