@@ -120,7 +120,8 @@ class Update:
           "skipped", 1 or 0, and "nonfinite", `{part: bool}`.
 
         Raises:
-          UpdateError: called under a trace: use `update.pure` there.
+          UpdateError: called under a trace: use `update.pure` there; or an earlier call has consumed the state.
+          LossError: at a first call, of what the loss function returns, or a number that Python asks for in it.
         """
         return self._take(state, batch, lr, measured=False)
 
