@@ -19,7 +19,7 @@ from functrain.update.phases import Phase, Turn
 from functrain.update.precision import check_products
 from functrain.update.state import TrainState
 from functrain.update.step import Metrics, Step
-from functrain.update.tracing import Batches, described, names_of_arguments
+from functrain.update.tracing import Batches, described, field_and_path, names_of_arguments
 from functrain.update.turns import Body, make_cycles, make_turn, under_phases
 from functrain.update.window import Window
 
@@ -109,7 +109,7 @@ class Program:
         leaves = {i: path for path, i in flatten(self.form.fields(range(self.form.leaves))).items()}
         of = {f"consumed[0][{nth}]": leaves[i] for nth, i in enumerate(self._consumes)}
         of |= {f"read[0][{nth}]": leaves[i] for nth, i in enumerate(self._reads)}
-        fields = {name: "{0} {2!r}".format(*path.partition("/")) for name, path in of.items()}
+        fields = {name: field_and_path(path) for name, path in of.items()}
         others = {"read[2]": "the key", "read[3]": "the step", "read[4]": "the number of batches"}
         return fields | others | described("batch", "the batch's", batch) | described("lr", "lr", lr)
 

@@ -16,6 +16,7 @@ from functrain.tree.warn import warn
 
 _OURS = tuple(f"{Path(package).parent}/" for package in (jax.__file__, Path(__file__).parent))
 _DEPENDS = re.compile(r"depends on the values? of the arguments? (.*)\.")
+_SAID = re.compile(r"\n(?:The error occurred|This concrete value|This value became|See https)")
 _ADVICE: tuple[tuple[type[Exception], str], ...] = (
     (
         jax.errors.TracerBoolConversionError,
@@ -30,7 +31,7 @@ _ADVICE: tuple[tuple[type[Exception], str], ...] = (
     (jax.errors.TracerArrayConversionError, "in the place of np write jnp"),
     (
         jax.errors.ConcretizationTypeError,
-        "in the place of float(x), int(x) or x.item() leave x an array: x.astype(float)",
+        "in the place of float(x), int(x) or x.item() leave x an array, x.astype(float); take a length from a shape",
     ),
 )
 
@@ -56,7 +57,7 @@ def names_of_arguments(names: Callable[[], dict[str, str]]) -> Iterator[None]:
         advice = next(text for kind, text in _ADVICE if isinstance(error, kind))
         raise LossError(
             f"{_line(error)} asks for a number that is not known while the step is compiled{depends}"
-            f" (JAX: {str(error).splitlines()[0]}): {advice}"
+            f" (JAX: {' '.join(_SAID.split(str(error))[0].split())}): {advice}"
         ) from error
 
 
@@ -82,6 +83,16 @@ class Batches:
             "give all batches one shape: ft.from_arrays(..., last='pad') fills up a short last one, with weights, and"
             " last='drop' leaves it out"
         )
+
+
+def field_and_path(path: str) -> str:
+    """A leaf of a state in words.
+
+    >>> field_and_path("params/conv1/kernel"), field_and_path("params")
+    ("params 'conv1/kernel'", 'params')
+    """
+    field, _, rest = path.partition("/")
+    return f"{field} {rest!r}" if rest else field
 
 
 def described(argument: str, what: str, tree: Any) -> dict[str, str]:

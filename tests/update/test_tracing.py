@@ -39,6 +39,10 @@ def of_a_float(params, batch):
     return loss_of(params, batch) * float(batch["image"][0, 0])
 
 
+def of_a_length(params, batch, step):
+    return loss_of(params, batch) * jnp.sum(jnp.arange(step))
+
+
 def of_a_mask(params, batch):
     return loss_of(params, {"image": batch["image"][batch["image"][:, 0] > 0]})
 
@@ -61,7 +65,15 @@ WHERE = "in the place of a Python `if`, `while`, `and` or `assert` write jnp.whe
         ),
         (if_of(loss_of), ["params 'conv1/kernel', params 'head', the batch's 'image' (JAX", WHERE]),
         (of_step, ["on the step", "write jnp.stack(them)[index]"]),
-        (of_a_float, ["the batch's 'image'", "leave x an array: x.astype(float)"]),
+        (
+            of_a_float,
+            [
+                "the batch's 'image'",
+                "The problem arose with the `float` function.",
+                "leave x an array, x.astype(float)",
+            ],
+        ),
+        (of_a_length, ["on the step", "jnp.arange", "take a length from a shape"]),
         (of_a_mask, ["write jnp.where(mask, x, 0)"]),
         (of_numpy, ["in the place of np write jnp"]),
     ],
