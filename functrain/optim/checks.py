@@ -19,7 +19,7 @@ _HINT = "split gradients come from make_train_step(loss_fn, parts, wrt=optim.tra
 
 
 def check_transforms(parts: Partition, transforms: Mapping[str, Transform]) -> None:
-    """Raises unless every part has one transform."""
+    """Raises unless every part has one transform; warns of arrays at several trained paths."""
     if not isinstance(parts, Partition) or not isinstance(transforms, Mapping):
         raise OptimizerError(
             "Optimizer(parts, transforms) takes an ft.partition(...) and a dict of a transform for each part, not"
@@ -35,9 +35,10 @@ def check_transforms(parts: Partition, transforms: Mapping[str, Transform]) -> N
     for part, tx in transforms.items():
         if not isinstance(tx, Frozen) and not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise OptimizerError(f"part {part!r}: {tx!r} is no optax transform; write e.g. optax.adam(1e-3)")
+    _tell_of_shared(parts, [part for part, tx in transforms.items() if not isinstance(tx, Frozen)])
 
 
-def tell_of_shared(parts: Partition, trained: Sequence[str]) -> None:
+def _tell_of_shared(parts: Partition, trained: Sequence[str]) -> None:
     """Warns of arrays at several trained paths; one that is frozen at the others, as a target network is, is meant."""
     of_trained = {path for part in trained for path in parts.paths(part)}
     groups = [each for paths in parts.shared if len(each := [path for path in paths if path in of_trained]) > 1]

@@ -18,7 +18,6 @@ from functrain.optim.checks import (
     check_state,
     check_transforms,
     checked_rates,
-    tell_of_shared,
 )
 from functrain.optim.clipping import By, Norms, checked_norms, clipped
 from functrain.optim.describe import described
@@ -69,7 +68,6 @@ class Optimizer:
         check_transforms(self.parts, self.transforms)
         object.__setattr__(self, "transforms", dict(self.transforms))
         checked_norms(self.clip_norm, self.clip_by, self.trained)
-        tell_of_shared(self.parts, self.trained)
 
     @property
     def trained(self) -> tuple[str, ...]:
