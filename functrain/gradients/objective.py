@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from functrain.gradients.loss import Context, Loss, make_losses
 from functrain.gradients.routes import Route, Weight, normalised, weighted_sum, weights_of_sum
 from functrain.tree.paths import PyTree
@@ -23,6 +25,15 @@ class Objective:
         values, loss = self.losses(self.cast(params), batch, context)
         weights = weights_of_sum(list(values), self.loss_weights) if self.routes is None else self.routes[part]
         return weighted_sum(values, weights, context.step), loss
+
+    def summed(self, by_loss: Mapping[str, Any], step: Any) -> Any:
+        """The weighted sum of what there is of each loss: values, or trees of one structure."""
+        weights = weights_of_sum(list(by_loss), self.loss_weights)
+
+        def of_leaf(*leaves: Any) -> Any:
+            return weighted_sum(dict(zip(by_loss, leaves, strict=True)), weights, step)
+
+        return jax.tree.map(of_leaf, *by_loss.values())
 
     def by_part(self, metrics: Mapping[str, Any], step: Any) -> dict[str, Any] | None:
         """What each part learned from in a batch or a window; None where it is the "loss" for all.

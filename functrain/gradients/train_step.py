@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from functrain.errors import LossError
 from functrain.gradients.loss import Context, Loss, make_losses
+from functrain.gradients.per_example import PerExample, check_per_example, of_examples
 from functrain.gradients.reach import check_reached, recording_reach
 from functrain.gradients.routes import Route, Weight, normalised, weighted_sum, weightings, weights_of_sum
 from functrain.tree.arrays import conjugate, wide
@@ -16,8 +17,8 @@ from functrain.tree.paths import PyTree, flatten
 from functrain.tree.selectors import non_float
 from functrain.tree.text import listed
 
-Losses = Callable[[Any], tuple[dict[str, Any], Loss]]
-"""From what is differentiated to the losses by name, and all that the loss function returned."""
+Losses = Callable[..., tuple[dict[str, Any], Loss]]
+"""From what is differentiated, of this batch or of another, to the losses by name and the `Loss`."""
 
 
 class _Objective(NamedTuple):
@@ -39,6 +40,7 @@ def make_train_step(
     route: Route | None = None,
     loss_weights: Mapping[str, Weight] | None = None,
     per_loss: bool = False,
+    per_example: PerExample | None = None,
 ) -> Callable[..., tuple[Any, Loss]]:
     """Makes a pure function that returns the gradients of a loss.
 
@@ -59,6 +61,8 @@ def make_train_step(
         pass and one backward pass for each distinct weighting. Without a route every part learns from the sum.
       loss_weights: `{loss: weight}` for the sum; 1 for those not named. A weight is a number or a schedule of `step`.
       per_loss: return `{loss: gradients}`, the unweighted gradient of each loss, for those who combine them themselves.
+      per_example: what is done to the gradients of each example before their mean is taken, a function of its split
+        gradients, or `{part: fn}`, each of a part's `{path: gradient}`; other parts have none by example.
 
     Returns:
       `train_step(params, batch, *, key=None, model_state=None, step=None) -> (grads, loss)`. Each gradient has its
@@ -72,7 +76,8 @@ def make_train_step(
         differentiated part that is not floating point.
       PartitionError: `wrt` names an unknown part, or params are not of the partition's structure.
     """
-    gradient = make_gradient(loss_fn, parts, wrt, route=route, loss_weights=loss_weights, per_loss=per_loss)
+    options: Any = {"route": route, "loss_weights": loss_weights, "per_loss": per_loss, "per_example": per_example}
+    gradient = make_gradient(loss_fn, parts, wrt, **options)
 
     def train_step(
         params: PyTree, batch: Any, *, key: Any = None, model_state: Any = None, step: Any = None
@@ -92,6 +97,7 @@ def make_gradient(
     route: Route | None = None,
     loss_weights: Mapping[str, Weight] | None = None,
     per_loss: bool = False,
+    per_example: PerExample | None = None,
     audit: str | None = None,
 ) -> Callable[..., tuple[Any, Loss, Any]]:
     """What `make_train_step` and the compiled update are made of.
@@ -104,6 +110,7 @@ def make_gradient(
       route: as for `make_train_step`.
       loss_weights: as for `make_train_step`.
       per_loss: as for `make_train_step`.
+      per_example: as for `make_train_step`.
       audit: check when it is traced that the loss reaches the parts, and call it so: " of phase 'critic'". None: don't.
 
     Returns:
@@ -113,50 +120,75 @@ def make_gradient(
     """
     evaluate = make_losses(loss_fn)
     wrt = _checked_wrt(parts, wrt)
-    if sum(option is not None and option is not False for option in (route, loss_weights, per_loss)) > 1:
-        raise LossError("route, loss_weights and per_loss exclude each other: put the weights into the route")
-    if route is not None and parts is None:
-        raise LossError("route needs a partition: make_train_step(loss_fn, parts, route=...)")
+    _check_together(parts, wrt, route, loss_weights, per_loss=per_loss, per_example=per_example)
     routes = None if route is None else normalised(route, wrt)
 
     def gradient(params: PyTree, batch: Any, context: Context, scale: Any = None) -> tuple[Any, Loss, Any]:
         reached: set[tuple[str, str]] = set()
 
-        def losses(differentiated: Any) -> tuple[dict[str, Any], Loss]:
+        def losses(differentiated: Any, batch: Any = batch, context: Context = context) -> tuple[dict[str, Any], Loss]:
             if audit is not None:
                 differentiated = recording_reach(differentiated, reached.update)
             whole = differentiated if parts is None else parts.merge(differentiated, into=params)
             return evaluate(cast(whole), batch, context)
 
+        def finished(grads: Any) -> Any:
+            if scale is not None:
+                grads = jax.tree.map(lambda grad: wide(grad) / scale, grads)
+            return conjugate(grads)  # The direction in which the loss grows.
+
         differentiated = _differentiated(params, parts, wrt)
         objective = _Objective(context.step, scale)
-        if routes is not None:
-            grads, loss, total = _routed(losses, differentiated, objective, routes, reached)
-        elif per_loss:
-            grads, loss, total = _of_each(losses, differentiated, objective)
+        summed = _summed(losses, objective, loss_weights or {})
+        if per_example is not None:
+            found = of_examples(summed, differentiated, batch, context, finished=finished, per_example=per_example)
+            grads, loss, total = found
         else:
-            grads, loss, total = _of_the_sum(losses, differentiated, objective, loss_weights or {})
+            if routes is not None:
+                grads, loss, total = _routed(losses, differentiated, objective, routes, reached)
+            elif per_loss:
+                grads, loss, total = _of_each(losses, differentiated, objective)
+            else:
+                grads, (loss, total) = jax.grad(summed, has_aux=True)(differentiated)
+            grads = finished(grads)
         if audit is not None and parts is not None:
             check_reached(parts, wrt, reached, audit)
-        if scale is not None:
-            grads = jax.tree.map(lambda grad: wide(grad) / scale, grads)
-        return conjugate(grads), loss, total  # The direction in which the loss grows.
+        return grads, loss, total
 
     return gradient
 
 
-def _of_the_sum(
-    losses: Losses, differentiated: Any, objective: _Objective, loss_weights: Mapping[str, Weight]
-) -> tuple[Any, Loss, Any]:
-    """The gradient of the weighted sum of all losses, from one backward pass."""
+def _check_together(
+    parts: Partition | None,
+    wrt: Sequence[str],
+    route: Route | None,
+    loss_weights: Mapping[str, Weight] | None,
+    *,
+    per_loss: bool,
+    per_example: PerExample | None,
+) -> None:
+    """Raises for options that exclude each other, or need a partition."""
+    if sum(option is not None and option is not False for option in (route, loss_weights, per_loss)) > 1:
+        raise LossError("route, loss_weights and per_loss exclude each other: put the weights into the route")
+    if per_example is not None and (parts is None or route is not None or per_loss):
+        raise LossError(
+            "per_example= needs a partition, and excludes route and per_loss: make_train_step(loss_fn, parts,"
+            " per_example=fn)"
+        )
+    if route is not None and parts is None:
+        raise LossError("route needs a partition: make_train_step(loss_fn, parts, route=...)")
+    check_per_example(per_example, wrt)
 
-    def summed(differentiated: Any) -> tuple[Any, tuple[Loss, Any]]:
-        values, loss = losses(differentiated)
+
+def _summed(losses: Losses, objective: _Objective, loss_weights: Mapping[str, Weight]) -> Callable[..., Any]:
+    """The weighted sum of all losses, to be differentiated; with the `Loss` and the sum without its scale."""
+
+    def summed(differentiated: Any, *of_other: Any) -> tuple[Any, tuple[Loss, Any]]:
+        values, loss = losses(differentiated, *of_other)
         weights = weights_of_sum(list(values), loss_weights)
         return objective.of(values, weights), (loss, weighted_sum(values, weights, objective.step))
 
-    grads, (loss, total) = jax.grad(summed, has_aux=True)(differentiated)
-    return grads, loss, total
+    return summed
 
 
 def _of_each(losses: Losses, differentiated: Any, objective: _Objective) -> tuple[Any, Loss, Any]:

@@ -229,6 +229,11 @@ def from_arrays(
     Returns:
       Data whose batches are `{name: (batch, ...)}`, new NumPy arrays of the dtypes given.
     """
+    if not isinstance(arrays, Mapping):
+        raise DataError(
+            f'from_arrays takes arrays by name, from_arrays({{"image": images, "label": labels}}, batch_size=32), not'
+            f" {type(arrays).__name__}; a batch is then {{name: rows}}"
+        )
     columns = {name: np.asarray(array) for name, array in arrays_of(dict(arrays)).items()}
     lengths = {name: len(column) if column.ndim else None for name, column in columns.items()}
     examples = next(iter(lengths.values()), None)

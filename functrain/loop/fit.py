@@ -259,8 +259,13 @@ def _rows(loggers: Sequence[Logger], checkpoints: Checkpoints | None) -> Rows:
 def _evaluations(
     evaluation: Evaluation | Sequence[Evaluation], update: Update, sharding: jax.sharding.Sharding | None
 ) -> list[Evaluation]:
-    """The evaluations, whose batches go where those of training go unless they say otherwise."""
+    """The evaluations, of whole params; their batches go where those of training go unless they say otherwise."""
     evaluations = [evaluation] if isinstance(evaluation, Evaluation) else list(evaluation)
     if any(each.params == "ema" for each in evaluations) and update.options.averages is None:
         raise FitError('Evaluation(..., params="ema") needs averages: make_update(..., ema={"body": 0.999})')
-    return [dataclasses.replace(each, sharding=each.sharding or sharding) if sharding else each for each in evaluations]
+    if sharding:
+        evaluations = [dataclasses.replace(each, sharding=each.sharding or sharding) for each in evaluations]
+    if update.options.whole.partition.rest:
+        put_back = update.options.whole.given_to
+        evaluations = [dataclasses.replace(each, eval_step=put_back(each.eval_step)) for each in evaluations]
+    return evaluations

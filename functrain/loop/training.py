@@ -182,7 +182,9 @@ def _will_log(run: Run, plan: Plan, turns: Sequence[Turn]) -> bool:
 def _evaluate(run: Run, plan: Plan, due: Sequence[Evaluation]) -> None:
     """Evaluates, logs, and asks the hooks."""
     for evaluation in due:
-        params = run.update.ema(run.state) if evaluation.params == "ema" else run.state.params
+        params = run.state.params
+        if evaluation.params == "ema":
+            params = run.update.options.whole.arrays(run.update.ema(run.state))
         found = evaluation(params, run.state.model_state)
         run.evaluated |= {f"{evaluation.name}/{name}": value for name, value in found.items()}
     run.watch.tell_results(run.step, run.evaluated)

@@ -22,6 +22,17 @@ def as_array(leaf: Any, dtype: Any = None) -> jax.Array:
     return jax.lax.convert_element_type(array, dtype or array.dtype)
 
 
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, the shape of one, or a number, of which one can be made.
+
+    >>> is_array(jnp.ones(2)), is_array(1.0), is_array(True), is_array(jnp.tanh)
+    (True, True, False, False)
+    """
+    if isinstance(leaf, bool | str | type):
+        return False
+    return isinstance(leaf, int | float | complex) or (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
+
+
 def wide(leaf: Any) -> jax.Array:
     """The leaf in float32, or as it is where its dtype is wider."""
     return jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))

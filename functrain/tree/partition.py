@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from functrain.errors import PartitionError
+from functrain.tree.arrays import is_array
 from functrain.tree.paths import Flat, PyTree, check_paths, difference_from, flatten
 from functrain.tree.selectors import Selector, describe, matcher, resolved, unmatched
 from functrain.tree.text import aligned, bytes_in_words, did_you_mean, leaves_in_words, listed
@@ -39,6 +40,7 @@ class Partition:
       leaves: every leaf, in the tree's order.
       selectors: what each part was selected by, for display.
       shared: the paths of each array that was at several, each of which is a parameter of its own.
+      rest: the leaves that are no arrays, by path, such as the functions in a module of Equinox.
     """
 
     names: tuple[str, ...]
@@ -46,6 +48,7 @@ class Partition:
     selectors: tuple[str, ...]
     treedef: jax.tree_util.PyTreeDef
     shared: tuple[tuple[str, ...], ...] = dataclasses.field(default=(), compare=False)
+    rest: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def paths(self, part: str) -> tuple[str, ...]:
         """The paths of a part's leaves, in the tree's order.
@@ -240,6 +243,7 @@ def partition(
         selectors=tuple(describe(selector) for selector in rules.values()),
         treedef=jax.tree.structure(params),
         shared=_shared(flat),
+        rest={path: leaf for path, leaf in flat.items() if not is_array(leaf)},
     )
 
 

@@ -77,7 +77,8 @@ def taken_apart(update: Update, state: TrainState, batch: Any, *, flushes: bool 
         split = update.optim.parts.split(after.params)
         found.update(_of_leaves("parameter", {part: split[part] for part in update.optim.trained}))
         if after.window is not None:
-            found.update(_of_leaves("pending gradient", after.window.grads))
+            pending = steps[call.turns[0][0]].of_the_sum(after.window.grads, after.step)
+            found.update(_of_leaves("pending gradient", pending))
         found.update({Output("model state", "", "", path): leaf for path, leaf in flatten(after.model_state).items()})
         return [*found.values()]
 

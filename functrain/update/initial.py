@@ -25,8 +25,8 @@ def initial_state(
     arrays = jax.Array | np.ndarray | np.generic | int | float | complex
     if bad := [path for path, leaf in flatten(params).items() if not isinstance(leaf, arrays)]:
         raise UpdateError(
-            f"params hold {listed(bad)}, which is no array: a TrainState takes arrays only; split the rest off first,"
-            " e.g. with eqx.partition(model, eqx.is_array), and put it back in the loss function"
+            f"params hold {listed(bad)}, which is no array, and was one when they were partitioned: give params like"
+            " those, or make a partition of these"
         )
     taken = {id(leaf) for leaf in jax.tree.leaves((params, model_state))} if copy else set()
     params, model_state = jax.tree.map(as_array, (params, model_state))

@@ -5,8 +5,10 @@ from typing import Any, Literal
 
 from functrain.errors import UpdateError
 from functrain.optim.optimizer import Optimizer
+from functrain.tree.rest import Whole
 from functrain.update.ema import Averages
 from functrain.update.precision import DynamicScale
+from functrain.update.surgery import Surgery
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,10 +27,10 @@ class Options:
     loss_scale: DynamicScale | None = None
     averages: Averages | None = None
     narrow: Any = None
+    surgery: Surgery | None = None
+    whole: Whole
 
     def __post_init__(self) -> None:
-        if not isinstance(self.optim, Optimizer):
-            raise UpdateError(f"make_update(loss_fn, optim) takes an ft.Optimizer, not {type(self.optim).__name__}")
         if self.loss_scale is not None and not isinstance(self.loss_scale, DynamicScale):
             raise UpdateError(f"loss_scale={self.loss_scale!r}: write ft.DynamicScale(initial=2.0**15)")
         for name, count in (("accumulate", self.accumulate), ("microbatches", self.microbatches)):
@@ -38,6 +40,11 @@ class Options:
             raise UpdateError(f"remainder={self.remainder!r}: write 'flush', 'drop' or 'carry'")
         if self.nonfinite not in ("ignore", "skip"):
             raise UpdateError(f"nonfinite={self.nonfinite!r}: write 'ignore' or 'skip'")
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether the gradient of each loss is computed by itself."""
+        return self.surgery is not None and "per_loss" in self.surgery.declares
 
     @property
     def skips(self) -> bool:

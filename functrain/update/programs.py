@@ -129,7 +129,9 @@ class Program:
             step = steps[call.turns[0][0]]
             split = step.options.optim.parts.split(self.form.field("params", self.form.shardings))
             grads = {part: split[part] for part in step.parts}
-            window = Window(grads=grads, metrics=None, weight=None) if call.only_adds else None
+            # The names of the losses, where there are gradients of each, are not known yet.
+            of_window = None if step.options.by_loss else grads
+            window = Window(grads=of_window, metrics=None, weight=None) if call.only_adds else None
             out_shardings = ([self.form.shardings[i] for i in self._consumes], window, None)
         return jax.jit(run, donate_argnums=0, out_shardings=out_shardings)
 

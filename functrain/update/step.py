@@ -37,6 +37,18 @@ class _Stepped(NamedTuple):
     telemetry: Any
 
 
+class _Grads(NamedTuple):
+    """The gradients of a window, as they were computed, and as the optimizer is given them."""
+
+    computed: Any
+    given: Any
+
+    def is_finite(self, part: str) -> jax.Array:
+        if self.given is self.computed:
+            return is_finite(self.given[part])
+        return is_finite((self.computed[part], self.given[part]))
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Step:
     """The parts of an update in one phase as functions, which return the next state and metrics.
@@ -70,6 +82,7 @@ class Step:
         """A batch that is a window of its own; the turn that it belongs to counts it. `repeat`: steps on it before."""
         grads, metrics, _, model_state = self._gradients(state, batch, repeat)
         value_fn = ByPart({part: functools.partial(self._value, state, batch, repeat, part) for part in self.parts})
+        grads = self._operated(state, grads, metrics, repeat)
         return self._end(state, grads, metrics, model_state, lr, measured=measured, value_fn=value_fn)
 
     def add(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -83,12 +96,14 @@ class Step:
         grads, metrics, weight, model_state = self._gradients(state, batch)
         grads, metrics = add_to_window(state.window, grads, metrics, weight).mean()
         state = _one_batch_more(state)
+        grads = self._operated(state, grads, metrics)
         return self._end(state, grads, metrics, model_state, lr, measured=measured, value_fn=self._not_of_a_window)
 
     def flush(self, state: TrainState, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
         """No batch: what is pending ends its window."""
         assert state.window is not None
         grads, metrics = state.window.mean()
+        grads = self._operated(state, grads, metrics)
         arguments = (state, grads, metrics, state.model_state, lr)
         return self._end(*arguments, measured=measured, value_fn=self._not_of_a_window)
 
@@ -114,6 +129,8 @@ class Step:
         def gradients(batch: Any, key: Any, model_state: Any) -> tuple[Any, Metrics, Any, Any]:
             grads, loss, total = self.gradient(state.params, batch, Context(key, model_state, state.step), scale)
             self.see(loss)
+            if self.options.by_loss:
+                total = self.objective.summed(loss.values, state.step)
             new = _like(loss.model_state, model_state, "the model_state that the loss function returned", LossError)
             if self.options.skips:
                 finite = is_finite(grads)
@@ -122,8 +139,27 @@ class Step:
 
         found = self._of_slices(gradients, batch, key, state.model_state)
         grads, metrics, *_ = found
-        self.tell(metrics, grads)
+        self.tell(metrics, self.of_the_sum(grads, state.step))
         return found
+
+    def of_the_sum(self, grads: Any, step: Any) -> Any:
+        """Split gradients, of what was computed, which may be those of each loss."""
+        return self.objective.summed(grads, step) if self.options.by_loss else grads
+
+    def _operated(self, state: TrainState, grads: Any, metrics: Metrics, repeat: int = 0) -> "_Grads":
+        """The gradients of a window, and what they are stepped with."""
+        computed, surgery = self.of_the_sum(grads, state.step), self.options.surgery
+        if surgery is None:
+            return _Grads(computed, computed)
+        key = self._key(state, repeat)
+        per_loss = grads if self.options.by_loss else None
+        given = {
+            "per_loss": per_loss,
+            "step": state.step,
+            "params": self.options.whole.tree(state.params),
+            "metrics": metrics,
+        }
+        return _Grads(computed, surgery(computed, key=key, **given))
 
     def _value(self, state: TrainState, batch: Any, repeat: int, part: str, params: PyTree) -> Any:
         """What a part learns from, of a batch, at other params: what `_gradients` took the gradient of."""
@@ -176,7 +212,7 @@ class Step:
     def _end(
         self,
         state: TrainState,
-        grads: Any,
+        grads: "_Grads",
         metrics: Metrics,
         model_state: Any,
         lr: Any,
@@ -190,11 +226,11 @@ class Step:
         state = dataclasses.replace(state, model_state=model_state, step=optax.safe_increment(state.step))
 
         def step() -> _Stepped:
-            return self._applied(state, grads, lr, extra, measured=measured)
+            return self._applied(state, grads.given, lr, extra, measured=measured)
 
         scale_state = state.scale_state
         if self.options.skips:
-            nonfinite = {part: ~is_finite(flat) for part, flat in grads.items()}
+            nonfinite = {part: ~grads.is_finite(part) for part in self.parts}
             skipped = jnp.any(jnp.stack(list(nonfinite.values())))
             stepped = _guarded(step, state, skipped, measured=measured)
             metrics = metrics | {"skipped": skipped.astype(jnp.int32), "nonfinite": nonfinite}

@@ -12,6 +12,7 @@ from functrain.errors import UpdateError
 from functrain.optim.optimizer import Optimizer
 from functrain.tree.arrays import wide
 from functrain.tree.paths import PyTree, difference, flatten, unflatten
+from functrain.tree.rest import Whole
 from functrain.tree.selectors import Selector, non_float, take
 from functrain.tree.text import listed
 from functrain.update.ema import taken_by
@@ -124,8 +125,8 @@ def ema(target: Selector, *, of: Selector, decay: float | Callable[[Any], Any]) 
     return Target(target, of, decay)
 
 
-def bound(after: Any, optim: Optimizer) -> After:
-    """What is done after each step, for the parts of an optimizer.
+def bound(after: Any, optim: Optimizer, whole: Whole) -> After:
+    """What is done after each step, for the parts of an optimizer; a function is given whole params.
 
     Raises:
       UpdateError: it is no function, or a target that can't follow.
@@ -134,8 +135,16 @@ def bound(after: Any, optim: Optimizer) -> After:
         return after.bound(optim)
     if not callable(after):
         raise UpdateError(f"after={after!r}: give a function (params, model_state, step) -> (params, model_state)")
-    function: After = after
-    return function
+    if not whole.partition.rest:
+        function: After = after
+        return function
+
+    def of_arrays(params: PyTree, model_state: Any, step: Any) -> Any:
+        returned = after(whole.tree(params), model_state, step)
+        is_pair = isinstance(returned, tuple) and len(returned) == 2
+        return (whole.arrays(returned[0]), returned[1]) if is_pair else returned
+
+    return of_arrays
 
 
 def _below(paths: Sequence[str]) -> dict[str, str]:

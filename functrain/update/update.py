@@ -92,8 +92,11 @@ class Update:
         required = {name for phase in self.schedule.phases for name in required_context(phase.loss_fn)}
         if absent := [name for name in given if name in required and given[name] is None]:
             raise UpdateError(f"the loss function declares {listed(absent)}: update.init(params, {absent[0]}=...)")
+        if key is None and self.options.surgery is not None and self.options.surgery.needs_key:
+            raise UpdateError("the function of gradients= declares key: update.init(params, key=...)")
+        arrays = self.options.whole.arrays(params)
         return initial_state(
-            self.options, params, model_state=model_state, key=key, configuration=self.configuration, copy=copy
+            self.options, arrays, model_state=model_state, key=key, configuration=self.configuration, copy=copy
         )
 
     def abstract(self, params: PyTree, *, key: Any = None, model_state: Any = None) -> TrainState:
@@ -101,7 +104,8 @@ class Update:
 
         The arguments may be arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
         """
-        return abstract_state(self.options, params, model_state=model_state, key=key, configuration=self.configuration)
+        arrays = self.options.whole.arrays(params)
+        return abstract_state(self.options, arrays, model_state=model_state, key=key, configuration=self.configuration)
 
     def __call__(
         self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None
@@ -121,7 +125,6 @@ class Update:
 
         Raises:
           UpdateError: called under a trace: use `update.pure` there; or an earlier call has consumed the state.
-          LossError: at a first call, of what the loss function returns, or a number that Python asks for in it.
         """
         return self._take(state, batch, lr, measured=False)
 
@@ -246,7 +249,14 @@ class Update:
         if self.options.averages is None or state.ema is None:
             raise UpdateError('this update keeps no average: make_update(..., ema={"body": 0.999})')
         check_not_deleted([*jax.tree.leaves(state.ema), *jax.tree.leaves(state.params)])
-        return self.options.averages.in_params(state.ema, state.params)
+        return self.options.whole.tree(self.options.averages.in_params(state.ema, state.params))
+
+    def params(self, state: TrainState) -> PyTree:
+        """The whole params of a state, as `init` was given them: with what is no array in its place.
+
+        Without such leaves they are `state.params` itself. The next update consumes them.
+        """
+        return self.options.whole.tree(state.params)
 
     # How it is compiled and called.
 

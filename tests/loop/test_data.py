@@ -481,3 +481,8 @@ def test_two_real_processes_share_each_batch():
     slices = [json.loads(output(process)) for process in processes]
     whole = lists(rows(11, 4, seed=9, last="pad").epoch(1))
     assert [first + second for first, second in zip(*slices, strict=True)] == whole
+
+
+def test_arrays_without_names_are_an_error_that_says_how_they_get_one():
+    with pytest.raises(DataError, match=r'from_arrays\({"image": images, "label": labels}, .* not ndarray'):
+        from_arrays(np.zeros((4, 2)), batch_size=2)

@@ -14,6 +14,7 @@ from functrain.loop.checkpoint.retention import Retention
 from functrain.loop.checkpoint.storage import Storage
 from functrain.tree.arrays import committed_sharding
 from functrain.tree.paths import flatten, unflatten
+from functrain.tree.rest import apart
 from functrain.tree.text import listed_lines
 from functrain.tree.warn import warn
 
@@ -35,6 +36,7 @@ def load_params(
     Args:
       directory: the folder of checkpoints.
       like: parameters, or `jax.ShapeDtypeStruct`s in their place: structure, shapes, dtypes, and where each leaf goes.
+        What is no array in it, such as the functions in a module of Equinox, stays as it is.
       step: the number of a step, or a folder of `Checkpoints.steps()`; by default the newest sound one.
       best: True for the best checkpoint by its run's `keep_best`, or the name of one of several.
 
@@ -76,7 +78,8 @@ def _load(field: str, directory: str | os.PathLike[str], like: Any, step: int | 
 
 
 def _read(storage: Storage, checkpoint: Path, field: str, like: Any) -> tuple[Any]:
-    contents, named = storage.contents(checkpoint), flatten({field: like})
+    arrays, whole = apart(like)
+    contents, named = storage.contents(checkpoint), flatten({field: arrays})
     differs = of_leaves(
         {name: spec for name, spec in contents.leaves.items() if name == field or name.startswith(f"{field}/")},
         {name: leaf_spec(leaf) for name, leaf in named.items()},
@@ -88,4 +91,4 @@ def _read(storage: Storage, checkpoint: Path, field: str, like: Any) -> tuple[An
         )
     places = {name: committed_sharding(leaf) for name, leaf in named.items()}
     leaves = storage.leaves(checkpoint, contents, places, only=named)
-    return (unflatten(leaves, like={field: like})[field],)
+    return (whole(unflatten(leaves, like={field: arrays})[field]),)
