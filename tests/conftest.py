@@ -12,8 +12,8 @@ import pytest
 from soak import SOAK
 
 # XLA's own passes, which decide what is fused, are as ever; the code of a fusion is emitted in the older way, and LLVM
-# works less on it. The tests, and the processes that they start, compare programs compiled alike, and most of their time
-# goes into compiling: half as much so. `make soak` compiles as users do.
+# works less on it. The tests, and the processes that they start, compare programs compiled alike, and most of their
+# time goes into compiling: half as much so. `make soak` compiles as users do.
 FLAGS = ["--xla_backend_optimization_level=1"]
 if jax.__version_info__ < (0, 11):  # Where XLA still has the older way.
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")

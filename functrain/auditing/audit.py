@@ -53,6 +53,7 @@ class Audit:
       backward: `{part: share}`, how much of the FLOPs of the backward pass are saved if the part is frozen. What two
         parts both need is in neither's share.
       findings: errors, warnings and notes.
+      joins: `{part: step}`, the parts that are frozen at first, and join at a step.
     """
 
     parts: Partition
@@ -62,6 +63,7 @@ class Audit:
     state_bytes: dict[str, int]
     backward: dict[str, float]
     findings: tuple[Finding, ...]
+    joins: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [["part", *self.reached, "parameters", "optimizer state", "backward"]]
@@ -74,6 +76,7 @@ class Audit:
             shapes = [leaf.shape for leaf in self.parts.leaves if leaf.part == part and leaf.shape is not None]
             state = bytes_in_words(self.state_bytes[part]) if part in self.state_bytes else "-"
             share = f"{self.backward[part]:.0%}" if part in self.trained else "frozen"
+            share += f", joins at step {self.joins[part]}" if part in self.joins else ""
             rows.append([part, *cells, f"{sum(map(math.prod, shapes)):,}", state, share])
         table = aligned(rows, [str.ljust, *[str.rjust] * (len(rows[0]) - 1)])
         legend = "leaves reached of leaves; in brackets: the part does not learn from that loss"
@@ -155,6 +158,7 @@ def audit(
         state_bytes=state_bytes,
         backward={part: sum(saved.get(part, 0.0) for _, saved in flops) / total for part in trained},
         findings=tuple(_findings(parts, trained, reached, taken, traced)),
+        joins=dict(optim.frozen_until) if optim is not None else {},
     )
 
 

@@ -99,6 +99,7 @@ def make_gradient(
     per_loss: bool = False,
     per_example: PerExample | None = None,
     audit: str | None = None,
+    held: Sequence[str] = (),
 ) -> Callable[..., tuple[Any, Loss, Any]]:
     """What `make_train_step` and the compiled update are made of.
 
@@ -112,6 +113,7 @@ def make_gradient(
       per_loss: as for `make_train_step`.
       per_example: as for `make_train_step`.
       audit: check when it is traced that the loss reaches the parts, and call it so: " of phase 'critic'". None: don't.
+      held: parts that the route names and that are not differentiated for now.
 
     Returns:
       `gradient(params, batch, context, scale=None) -> (grads, loss, total)`; `total` is what was minimised: the
@@ -121,7 +123,7 @@ def make_gradient(
     evaluate = make_losses(loss_fn)
     wrt = _checked_wrt(parts, wrt)
     _check_together(parts, wrt, route, loss_weights, per_loss=per_loss, per_example=per_example)
-    routes = None if route is None else normalised(route, wrt)
+    routes = None if route is None else normalised(route, (*wrt, *held))
 
     def gradient(params: PyTree, batch: Any, context: Context, scale: Any = None) -> tuple[Any, Loss, Any]:
         reached: set[tuple[str, str]] = set()
@@ -211,9 +213,10 @@ def _routed(
     of_route: set[tuple[str, str]] = set()
     for weighting in weightings(list(values), routes):
         reached.clear()
-        of_all = _pulled_back(objective, weighting.weights, tangents, values, differentiated)
-        grads |= {part: of_all[part] for part in weighting.parts}
-        of_route |= {(part, path) for part, path in reached if part in weighting.parts}
+        mine = [part for part in weighting.parts if part in differentiated]
+        of_all = _pulled_back(objective, weighting.weights, tangents, values, differentiated) if mine else {}
+        grads |= {part: of_all[part] for part in mine}
+        of_route |= {(part, path) for part, path in reached if part in mine}
     reached.clear()
     reached |= of_route
     return grads, loss, loss.total

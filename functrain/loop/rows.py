@@ -54,9 +54,9 @@ class Rows:
         row = flattened({"train": run.newest_metrics()})
         if (elapsed := now.seconds - self._since.seconds) > 0:
             row["train/steps_per_second"] = (now.step - self._since.step) / elapsed
-        rates = run.update.optim.learning_rates(run.state.opt_state)
+        rates, joined = run.update.optim.learning_rates(run.state.opt_state), run.update.optim.trained_at(now.step - 1)
         self._since, self._trained = now, now.step
-        return row | {f"train/learning_rate/{part}": float(rate) for part, rate in rates.items()}
+        return row | {f"train/learning_rate/{part}": float(rate) for part, rate in rates.items() if part in joined}
 
     def has_training(self, run: Run) -> bool:
         """Whether the training up to the run's step has a row."""

@@ -25,7 +25,7 @@ def tell_of_no_mean(update: Update, state: TrainState, batch: Any) -> None:
       batch: what the update is given.
     """
     count = update.options.microbatches
-    for step, phase in zip(update.steps, update.schedule.phases, strict=True):
+    for step, phase in zip(update.stages[-1], update.schedule.phases, strict=True):
         is_random = state.key is not None and "key" in accepted_context(phase.loss_fn)
         if is_random:
             continue

@@ -134,6 +134,7 @@ def lr_sweep(
     check_state(state)
     check_data(batches)
     _check_ranges(update, rates)
+    _check_joined(update, state, rates)
     name = loss or _default_loss(update, rates)
     count = steps if steps is not None else _count(update, state, batches, name)
     if not isinstance(count, int) or count < 2:
@@ -209,6 +210,16 @@ def _check_ranges(update: Update, rates: Any) -> None:
         is_pair = isinstance(ends, tuple | list) and len(ends) == 2 and all(isinstance(end, Real) for end in ends)
         if not is_pair or not 0 < ends[0] < ends[1] < math.inf:
             raise FitError(f"the rates of part {part!r} are {ends!r}: give the first and a larger last, {example}")
+
+
+def _check_joined(update: Update, state: TrainState, rates: Mapping[str, Any]) -> None:
+    step = int(state.step)
+    if frozen := [part for part in rates if part not in update.optim.trained_at(step)]:
+        begin = update.optim.frozen_until[frozen[0]]
+        raise FitError(
+            f"part {frozen[0]!r} is frozen until step {begin}, and the state is at step {step}, where its rate does"
+            f" nothing: sweep it with a state of that step, dataclasses.replace(state, step=np.array({begin}))"
+        )
 
 
 def _phase(update: Update, name: str) -> str:

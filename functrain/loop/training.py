@@ -17,6 +17,7 @@ from functrain.loop.run import Run
 from functrain.loop.saving import Saver, scalars
 from functrain.loop.signals import StopSignals
 from functrain.update.phases import Turn
+from functrain.update.stages import joins_within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,13 +149,13 @@ def _is_over(run: Run, plan: Plan, signals: StopSignals) -> bool:
 
 
 def _next_count(run: Run, plan: Plan) -> int:
-    """How many batches the next update takes: of a scan all, 1 where a window is pending or the end comes first."""
+    """How many batches the next update takes: of a scan all; 1 if a window is pending, or the end or a stage before."""
     if plan.unroll == 1 or int(run.state.pending):
         return 1
     count = run.update.cycle * plan.unroll
     turns = run.update.schedule.turns(run.step, count // run.update.accumulate)
     is_too_far = plan.steps is not None and run.step + sum(map(len, turns)) > plan.steps
-    return 1 if is_too_far else count
+    return 1 if is_too_far or joins_within(run.update.optim, run.step, turns) is not None else count
 
 
 def _update(run: Run, plan: Plan, batches: Sequence[object]) -> bool:

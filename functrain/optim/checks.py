@@ -53,6 +53,32 @@ def _tell_of_shared(parts: Partition, trained: Sequence[str]) -> None:
         )
 
 
+def check_joins(frozen_until: Mapping[str, int], transforms: Mapping[str, Transform], trained: Sequence[str]) -> None:
+    """Raises unless it is trained parts that join later, each at a step, and one is there from the first."""
+    if not isinstance(frozen_until, Mapping):
+        raise OptimizerError(f"frozen_until={frozen_until!r}: give a step by part, frozen_until={{'encoder': 200}}")
+    if unknown := [part for part in frozen_until if part not in transforms]:
+        raise OptimizerError(
+            f"frozen_until for the unknown {listed(unknown)}; the parts are {listed(transforms, 30)}"
+            f"{did_you_mean(unknown, transforms)}"
+        )
+    for part, step in frozen_until.items():
+        if part not in trained:
+            raise OptimizerError(
+                f"frozen_until for part {part!r}, which is frozen to the end: give it a transform in the place of"
+                " ft.FROZEN, or leave it out of frozen_until"
+            )
+        if isinstance(step, bool) or not isinstance(step, int) or step < 1:
+            raise OptimizerError(
+                f"frozen_until={{{part!r}: {step!r}}}: give a whole number of at least 1, the steps that are made"
+                " without the part"
+            )
+    if trained and not {*trained} - {*frozen_until}:
+        raise OptimizerError(
+            f"frozen_until has every trained part, {listed(trained)}, and none would learn at first: leave one out"
+        )
+
+
 def check_params(parts: Partition, trained: Sequence[str], split: Split) -> None:
     """Raises unless the trained leaves are floating point, and of the shapes that were partitioned."""
     for part in trained:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType
 from typing import Any
 
-KNOWN = frozenset({"value", "grad", "value_fn", "grad_fn", "obj_fn"})
-"""What optax's transforms ask for; `obj_fn` is what Sophia calls `value_fn`."""
+KNOWN = frozenset({"value", "grad", "value_fn", "grad_fn", "obj_fn", "step"})
+"""What optax's transforms ask for, where `obj_fn` is what Sophia calls `value_fn`; and for `with_lr`, a run's step."""
 
 
 def accepted(tx: Any, given: Mapping[str, Any]) -> dict[str, Any]:

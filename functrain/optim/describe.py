@@ -19,6 +19,7 @@ Makeup: TypeAlias = list[Any]
 """As JSON has it: a name, `{name: number or text}`, and the makeup of each transform that it is made of."""
 
 _DEEPEST = 6
+_UNSAID = {"clock": "part"}  # What numbers are that a makeup leaves out.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def changed(old: Makeup, new: Makeup) -> list[str]:
     >>> changed(["clip", {"max_delta": 1.0}, []], ["clip", {"max_delta": 2.0}, []])
     ['max_delta of clip was 1.0, is now 2.0']
     """
-    before, now = old[1], new[1]
+    before, now = _UNSAID | old[1], _UNSAID | new[1]
     lines = [
         f"{name} of {new[0]} was {before.get(name)}, is now {now.get(name)}"
         for name in {**before, **now}
@@ -134,6 +135,7 @@ def _node(update: Any, depth: int = 0) -> _Node:
     name = _factory(update)
     if hasattr(update, "makes"):  # Of `with_lr`; its rate, if constant, is state.
         values = _values({"learning_rate": update.rate}) if callable(update.rate) else {}
+        values |= {"clock": update.clock} if update.clock != "part" else {}
         return _Node(name, values, made_of=(_node(update.makes().update, depth + 1),), given=update.given)
     values, within = {}, []
     for key, value in _contents(update, set()):

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from functrain.errors import OptimizerError
 from functrain.optim.declared import accepted
 from functrain.tree.paths import same_structure
 
+Clock: TypeAlias = Literal["part", "run"]
+
 
 class WithLrState(NamedTuple):
     """The state of `with_lr`: everything but `inner` is a scalar.
@@ -20,7 +22,7 @@ class WithLrState(NamedTuple):
     Attributes:
       learning_rate: float32, the rate last used; before the first step, the rate that it will use.
       setting: float32, the rate of steps that are not given one; None where a schedule says it.
-      steps: int32, the part's own steps, for the schedule; None where there is none.
+      steps: int32, the part's own steps, for a schedule; None where there is none.
       inner: the state of the transform that the factory made.
     """
 
@@ -31,7 +33,11 @@ class WithLrState(NamedTuple):
 
 
 def with_lr(
-    factory: Callable[..., optax.GradientTransformation], lr: float | jax.Array | optax.Schedule, **rest: Any
+    factory: Callable[..., optax.GradientTransformation],
+    lr: float | jax.Array | optax.Schedule,
+    *,
+    clock: Clock = "part",
+    **rest: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes an optax transform whose learning rate is state, not a constant: it can be read, set, and given at a step.
 
@@ -46,20 +52,22 @@ def with_lr(
 
     Args:
       factory: makes the transform from a rate and the other arguments: `optax.adamw`, or a function of one's own.
-      lr: the rate, or a schedule of the part's own step count. Held as float32.
+      lr: the rate, or a schedule of a step count. Held as float32.
+      clock: whose steps a schedule counts. "part" counts those of the part alone, so that one which is unfrozen on the
+        way has its warm-up then. "run" counts all that the run has finished, `state.step`, those of other parts,
+        phases and optimizers too, and skipped ones: nothing begins anew. `make_update` gives them; a loop of one's own
+        does with `optim.step(..., step=step)`.
       **rest: the factory's other arguments.
 
     Raises:
-      OptimizerError: `factory` is a transform, or the rate a string.
+      OptimizerError: `factory` is a transform, the rate a string, or `clock` none of these, or "run" for a constant
+        rate; and from an update, a schedule of the run that is not given its step.
 
     Returns:
-      A transform that takes optax's extra argument `learning_rate`: the rate of that step alone, before any schedule.
+      A transform that takes optax's extra argument `learning_rate`, the rate of that step alone, before any schedule,
+      and with `clock="run"` the argument `step`.
     """
-    if not callable(factory) or isinstance(lr, str):
-        raise OptimizerError(
-            f"with_lr({factory!r}, {lr!r}): give the function that makes the transform and a rate, optax.adam and 1e-3,"
-            " not optax.adam(1e-3)"
-        )
+    _check(factory, lr, clock)
     parameters = inspect.signature(factory).parameters
     by_name = "learning_rate" in parameters
 
@@ -90,11 +98,43 @@ def with_lr(
         return scaled, WithLrState(rate, state.setting, steps, inner)
 
     named = factory.func if isinstance(factory, functools.partial) else factory
+    name = getattr(named, "__name__", "with_lr")
+    chosen: Any = _by_the_run(update, lr, name) if clock == "run" else update
     # For `declared` and `described`, which look into functions.
-    update.makes, update.rate = functools.partial(make, 1.0), lr  # type: ignore[attr-defined]
-    update.given = getattr(factory, "keywords", {}) | rest  # type: ignore[attr-defined]
-    update.__qualname__ = getattr(named, "__name__", "with_lr")
-    return optax.GradientTransformationExtraArgs(init, update)
+    chosen.makes, chosen.rate, chosen.clock = functools.partial(make, 1.0), lr, clock
+    chosen.given, chosen.__qualname__ = getattr(factory, "keywords", {}) | rest, name
+    return optax.GradientTransformationExtraArgs(init, chosen)
+
+
+def _check(factory: Any, lr: Any, clock: Any) -> None:
+    if not callable(factory) or isinstance(lr, str):
+        raise OptimizerError(
+            f"with_lr({factory!r}, {lr!r}): give the function that makes the transform and a rate, optax.adam and 1e-3,"
+            " not optax.adam(1e-3)"
+        )
+    if clock not in get_args(Clock):
+        raise OptimizerError(f"with_lr(..., clock={clock!r}): write 'part' or 'run'")
+    if clock == "run" and not callable(lr):
+        raise OptimizerError(f"with_lr(..., {lr!r}, clock='run'): a constant rate has no clock: leave clock= out")
+
+
+def _by_the_run(update: Callable[..., Any], schedule: Any, name: str) -> Callable[..., Any]:
+    """The `update` of `with_lr` with the rate that a schedule has for the step of the run."""
+
+    def updated(
+        updates: Any, state: Any, params: Any = None, *, learning_rate: Any = None, step: Any = None, **extra: Any
+    ) -> tuple[Any, WithLrState]:
+        if learning_rate is None and step is None:
+            raise OptimizerError(
+                f"with_lr({name}, ..., clock='run') was not told the step of the run: optim.step(..., step=step), the"
+                " number of finished steps, which transforms around it hand on; or write clock='part'"
+            )
+        rate = schedule(step) if learning_rate is None else learning_rate
+        given = extra if step is None else {**extra, "step": step}
+        scaled: tuple[Any, WithLrState] = update(updates, state, params, learning_rate=rate, **given)
+        return scaled
+
+    return updated
 
 
 def rates_in(state: Any) -> list[WithLrState]:

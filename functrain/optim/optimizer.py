@@ -9,6 +9,7 @@ import jax
 import optax
 
 from functrain.optim.adoption import Adoption, adopted_states
+from functrain.optim.assignment import Assignment
 from functrain.optim.checks import (
     check_extra_args,
     check_grads,
@@ -16,22 +17,19 @@ from functrain.optim.checks import (
     check_params,
     check_part_state,
     check_state,
-    check_transforms,
     checked_rates,
 )
-from functrain.optim.clipping import By, Norms, checked_norms, clipped
-from functrain.optim.describe import described
+from functrain.optim.clipping import checked_norms, clipped
 from functrain.optim.learning_rate import rates_in, with_rate
 from functrain.optim.part_transform import PartTransform
 from functrain.optim.state_form import placeholder_type
 from functrain.optim.states import in_place_of, laid_out, like_before, state_shardings
-from functrain.optim.transforms import Frozen, Transform
-from functrain.tree.partition import Partition, Split, table
+from functrain.tree.partition import Split
 from functrain.tree.paths import PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Optimizer:
+class Optimizer(Assignment):
     """One optax transform per part of a partition.
 
     >>> import jax.numpy as jnp
@@ -54,25 +52,13 @@ class Optimizer:
         ones are scaled down. `{part: norm}` clips these parts, and no others.
       clip_by: of what it is the norm: "all" parts together, the default; each "part", the default for norms by part; or
         each "tensor".
+      frozen_until: `{part: step}`, parts that join a run on the way: they make their first update when it has finished
+        that many steps, and cost nothing before: no gradient, no program that computes one, no change of their state.
 
     Raises:
-      OptimizerError: a part without a transform, a transform without a part, or a norm that is none.
+      OptimizerError: a part without a transform, a transform without a part, a norm that is none, or a step from which
+        no trained part can join.
     """
-
-    parts: Partition
-    transforms: Mapping[str, Transform]
-    clip_norm: Norms | None = dataclasses.field(default=None, kw_only=True)
-    clip_by: By | None = dataclasses.field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        check_transforms(self.parts, self.transforms)
-        object.__setattr__(self, "transforms", dict(self.transforms))
-        checked_norms(self.clip_norm, self.clip_by, self.trained)
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """The parts that have a transform; what to give to `make_train_step(..., wrt=optim.trained)`."""
-        return tuple(part for part in self.parts.names if not isinstance(self.transforms[part], Frozen))
 
     def init(self, params: PyTree) -> dict[str, Any]:
         """The optimizer state of every trained part: `{part: state of its transform}`.
@@ -111,7 +97,8 @@ class Optimizer:
           **extra: optax's extra arguments, given to the transforms that declare them: `value=`, the loss, `value_fn=`,
             the loss as a function of whole params, or any other. Of a tree like params, or a split one, a part is given
             its own leaves; a function of whole params is one of the part's leaves to it. `grad` and `grad_fn` follow
-            from the gradients and from `value_fn`.
+            from the gradients and from `value_fn`. `step=`, the number of finished steps of the run, is what
+            `with_lr(..., clock="run")` asks for.
 
         Returns:
           `{part: {path: update}}` of the given parts, and the whole new state, of unchanged structure and dtypes.
@@ -270,14 +257,3 @@ class Optimizer:
     def _structures(self) -> dict[str, Any]:
         """The tree structures of the states of the trained parts."""
         return {part: of_part.form.crossing for part, of_part in self._transforms.items()}
-
-    @property
-    def described(self) -> dict[str, str]:
-        """What the transform of each part is made of, as far as it can be told; "frozen" for a frozen one."""
-        return {part: described(self.transforms[part]) for part in self.parts.names}
-
-    def __str__(self) -> str:
-        return table(self.parts, "optimizer", list(self.described.values()))
-
-    def __repr__(self) -> str:
-        return f"Optimizer({', '.join(f'{part}: {name}' for part, name in self.described.items())})"

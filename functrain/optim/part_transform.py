@@ -72,7 +72,8 @@ class PartTransform:
             of_value = jax.grad(value_fn)
             given.setdefault("obj_fn", value_fn)
             given.setdefault("grad_fn", jax.tree_util.Partial(lambda tree, *_: conjugate(of_value(tree))))
-        unasked = KNOWN - (self._declared or extra.keys())
+        # Who does not say what it takes of a loss is given all of it; a step is nothing of a loss.
+        unasked = KNOWN - (self._declared if self._declared - {"step"} else self._declared | extra.keys())
         return accepted(self.tx, {name: value for name, value in given.items() if name not in unasked})
 
     @functools.cached_property

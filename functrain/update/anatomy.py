@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr
 
 from functrain.gradients.loss import Loss
 from functrain.tree.paths import flatten
-from functrain.update.programs import Call, body_of, counted
+from functrain.update.programs import body_of, counted
 from functrain.update.state import TrainState
 from functrain.update.step import Metrics, Step
 from functrain.update.update import Update
@@ -64,7 +64,7 @@ def taken_apart(update: Update, state: TrainState, batch: Any, *, flushes: bool 
       batch: what the call would be given.
       flushes: the call is `update.flush(state)`, and there is no batch.
     """
-    call = Call("flush", (update.schedule.turn(int(state.step)),)) if flushes else update.call_of(state)
+    call = update.call_of(state, flushes=flushes)
     step, batches = counted(state)
     state = dataclasses.replace(state, step=step, batches=batches, pending=np.zeros((), np.int32))
     given = jax.tree.map(jnp.asarray, {"batch": batch, "state": state})
@@ -72,7 +72,7 @@ def taken_apart(update: Update, state: TrainState, batch: Any, *, flushes: bool 
 
     def run(given: Any) -> list[Any]:
         found.clear()
-        steps = [_telling(step, found) for step in update.steps]
+        steps = [_telling(step, found) for step in update.stages[call.stage]]
         after, _ = body_of(steps, call)(given["state"], given["batch"], None)
         split = update.optim.parts.split(after.params)
         found.update(_of_leaves("parameter", {part: split[part] for part in update.optim.trained}))

@@ -1,14 +1,25 @@
 """What an update refuses of a call; each error says what to write instead."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from functrain.errors import UpdateError
+from functrain.gradients.loss import required_context
 from functrain.tree.arrays import common_length, leading_lengths
 from functrain.tree.text import listed
 from functrain.update.state import TrainState
+from functrain.update.surgery import Surgery
+
+
+def check_context(functions: Iterable[Callable[..., Any]], surgery: Surgery | None, **given: Any) -> None:
+    """Raises unless all that loss functions and the function of gradients can't do without is there."""
+    required = {name for function in functions for name in required_context(function)}
+    if absent := [name for name in given if name in required and given[name] is None]:
+        raise UpdateError(f"the loss function declares {listed(absent)}: update.init(params, {absent[0]}=...)")
+    if surgery is not None and surgery.needs_key and given["key"] is None:
+        raise UpdateError("the function of gradients= declares key: update.init(params, key=...)")
 
 
 def check_state(state: TrainState) -> None:

@@ -22,6 +22,7 @@ def initial_state(
 ) -> TrainState:
     """A state whose every buffer is its own, so that all of it can be donated."""
     check_key(key)
+    params = options.whole.arrays(params)
     arrays = jax.Array | np.ndarray | np.generic | int | float | complex
     if bad := [path for path, leaf in flatten(params).items() if not isinstance(leaf, arrays)]:
         raise UpdateError(
@@ -68,6 +69,7 @@ def check_key(key: Any) -> None:
 def abstract_state(options: Options, params: PyTree, *, model_state: Any, key: Any, configuration: str) -> TrainState:
     """The shapes, dtypes and shardings of an initial state, from arrays or shapes, without computing anything."""
     counter = jax.ShapeDtypeStruct((), np.dtype(np.int64))
+    params = options.whole.arrays(params)
 
     def initial(params: PyTree, model_state: Any, key: Any) -> TrainState:
         return TrainState(

@@ -1,25 +1,19 @@
 """Makes the compiled update: train step, partition, optimizer and accumulation as one state and one call."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from functrain.errors import UpdateError
-from functrain.gradients.objective import make_objective
 from functrain.gradients.per_example import PerExample, check_per_example
 from functrain.gradients.routes import Route, Weight
-from functrain.gradients.train_step import make_gradient
 from functrain.optim.optimizer import Optimizer
-from functrain.tree.rest import Whole
 from functrain.tree.selectors import Selector
-from functrain.tree.text import listed
 from functrain.update.ema import averages_of
 from functrain.update.options import Options
-from functrain.update.phases import Alternation, Phase, scheduled
-from functrain.update.precision import DynamicScale, caster, narrow_dtype, on_narrow_batches
-from functrain.update.step import After, Step
+from functrain.update.phases import Alternation, scheduled
+from functrain.update.precision import DynamicScale, caster, narrow_dtype
+from functrain.update.step import After
+from functrain.update.steps import Steps, of_arrays
 from functrain.update.surgery import Surgery
-from functrain.update.target import bound
 from functrain.update.update import Update
 
 
@@ -59,11 +53,12 @@ def make_update(
       loss_fn: as for `make_train_step`, or phases with a loss function each: `alternate(...)`. Its key is
         `fold_in(fold_in(key, batches), index of the phase)`, with the microbatch's index folded in where there are
         several; its `step` is the number of finished windows.
-      optim: the optimizer. The gradients of `optim.trained` are computed and no others. Its transforms are given those
-        of optax's extra arguments that they declare: `value`, the loss that their part learns from, `value_fn`, the
-        same as a function of their part's leaves (not with `accumulate`), `grad` and `grad_fn`. What is no array in a
-        frozen part, such as the functions in a module of Equinox, is no part of the state, and is put back for
-        `loss_fn` and `after`.
+      optim: the optimizer. The gradients of `optim.trained` are computed and no others, nor of a part that is frozen
+        until a step before that. Its transforms are given those of optax's extra arguments that they declare: `value`,
+        the loss that their part learns from, `value_fn`, the same as a function of their part's leaves (not with
+        `accumulate`), `grad` and `grad_fn`; and `step`, the number of finished windows. What is no array in a frozen
+        part, such as the functions in a module of Equinox, is no part of the state, and is put back for `loss_fn` and
+        `after`.
       accumulate: batches in a window, which makes one optimizer step from their gradients, weighted by `Loss.weight`.
       microbatches: slices of a batch that are computed one after the other, for memory; the batch's leading axis must
         be a multiple of it. The result is that of the whole batch, where the loss is a mean over `Loss.weight`; what
@@ -120,62 +115,12 @@ def make_update(
     )
     schedule = scheduled(loss_fn, optim, accumulate, route=route, loss_weights=loss_weights)
     check_per_example(per_example, optim.trained)
-    cast = caster(optim.parts, compute_dtype)
-
-    def step_of(index: int, phase: Phase) -> Step:
-        loss = on_narrow_batches(whole.given_to(phase.loss_fn), options.narrow, cast_batch)
-        of_losses: Any = {"cast": cast, "route": phase.route, "loss_weights": phase.loss_weights}
-        of_each = _of_each(phase, options, per_example)
-        where = _where(phase) if audit else None
-        return Step(
-            name=phase.name,
-            index=index,
-            parts=phase.trained,
-            gradient=make_gradient(loss, optim.parts, phase.trained, **of_losses | of_each, audit=where),
-            objective=make_objective(loss, phase.trained, **of_losses),
-            after=tuple(bound(each, optim, whole) for each in (phase.after, after) if each is not None),
-            options=options,
-        )
-
-    return Update(schedule, tuple(map(step_of, range(len(schedule.phases)), schedule.phases)), options)
-
-
-def of_arrays(optim: Optimizer) -> tuple[Whole, Optimizer]:
-    """The optimizer of the arrays of its trees, and how whole trees come of them.
-
-    Raises:
-      UpdateError: it is no optimizer, or trains a part with a leaf that is no array.
-    """
-    if not isinstance(optim, Optimizer):
-        raise UpdateError(f"make_update(loss_fn, optim) takes an ft.Optimizer, not {type(optim).__name__}")
-    whole = Whole(optim.parts)
-    if not optim.parts.rest:
-        return whole, optim
-    if bad := [
-        leaf.path for leaf in optim.parts.leaves if leaf.path in optim.parts.rest and leaf.part in optim.trained
-    ]:
-        raise UpdateError(
-            f"{listed(bad)} is no array, in a part that is trained: give such leaves a frozen part of their own, before"
-            ' the others, partition(model, {"static": ft.non_float, ...})'
-        )
-    transforms = {part: optim.transforms[part] for part in whole.parts.names}
-    return whole, dataclasses.replace(optim, parts=whole.parts, transforms=transforms)
-
-
-def _of_each(phase: Phase, options: Options, per_example: PerExample | None) -> dict[str, Any]:
-    """What of a phase's gradients is computed of each loss, or of each example, by itself."""
-    if isinstance(per_example, Mapping):
-        per_example = {part: fn for part, fn in per_example.items() if part in phase.trained} or None
-    if not options.by_loss:
-        return {"per_example": per_example}
-    if phase.route is not None or per_example is not None:
-        what = "route=" if phase.route is not None else "per_example="
-        raise UpdateError(
-            f"the function of gradients= declares per_loss, which excludes {what}: leave one out, and combine the"
-            " losses of each part in the function"
-        )
-    return {"per_loss": True, "loss_weights": None}
-
-
-def _where(phase: Phase) -> str:
-    return f" of phase {phase.name!r}" if phase.name else ""
+    steps = Steps(
+        options=options,
+        cast=caster(optim.parts, compute_dtype),
+        cast_batch=cast_batch,
+        per_example=per_example,
+        after=after,
+        audit=audit,
+    )
+    return Update(schedule, tuple(steps.of_stage(schedule.phases, begin) for begin in optim.stages), options)

@@ -117,6 +117,13 @@ class Alternation:
             )
         return self._turn_of[name]
 
+    def begin(self, step: int) -> int:
+        """The first step from this one on at which a turn may begin."""
+        if self.phase is not None:
+            return step
+        length = sum(map(len, self.cycle))
+        return next(each for each in range(step, step + length) if each % length in self._turn_at)
+
     def turns(self, step: int, count: int) -> tuple[Turn, ...]:
         """The next turns after a number of steps."""
         found: list[Turn] = []
@@ -126,10 +133,11 @@ class Alternation:
         return tuple(found)
 
     def check(self, optim: Optimizer) -> None:
-        """Raises unless the phases train the parts that the optimizer trains, and no others.
+        """Raises unless the phases train the parts that the optimizer trains, and no others, and each has one to train.
 
         Raises:
-          PhaseError: a phase with a frozen part, or a trained part that no phase updates.
+          PhaseError: a phase with a frozen part, a trained part that no phase updates, or without `phase=` a phase
+            whose parts are all to join later.
           PartitionError: a phase with an unknown part.
         """
         for phase in self.phases:
@@ -142,6 +150,11 @@ class Alternation:
                 raise PhaseError(
                     f"{where} updates {listed(frozen)}, which is frozen: give it a transform in the place of"
                     f" ft.FROZEN, or leave it out; the trained parts are {listed(optim.trained, 30)}"
+                )
+            if self.phase is None and not {*phase.trained} & {*optim.trained_at(0)}:
+                raise PhaseError(
+                    f"{where} would have no part to train in its first turns: frozen_until has {listed(phase.trained)};"
+                    " leave one out, or say whose turn it is, ft.alternate(..., phase=lambda step: ...)"
                 )
         idle = [part for part in optim.trained if not any(part in phase.trained for phase in self.phases)]
         if idle:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from functrain.errors import LossError
+from functrain.errors import LossError, PhaseError
 from functrain.gradients.loss import Loss, name_of
 from functrain.tree.paths import flatten
 from functrain.tree.text import listed
@@ -29,11 +29,15 @@ _BY_PART = ("opt_state", "ema")  # Fields that a step changes those parts of whi
 
 
 class Call(NamedTuple):
-    """What is compiled once: a kind of call, the turns that it takes (of a scan one cycle), whether with telemetry."""
+    """What is compiled once: a kind of call, the turns that it takes (of a scan one cycle), whether with telemetry.
+
+    And the number of the stage in which it takes them, of a run whose parts join on the way.
+    """
 
     kind: str
     turns: tuple[Turn, ...]
     measured: bool = False
+    stage: int = 0
 
     @property
     def only_adds(self) -> bool:
@@ -139,21 +143,25 @@ class Program:
 class Programs:
     """The programs of an update, each made when it is first called for; and what they know of each other."""
 
-    def __init__(self, phases: Sequence[Phase], steps: Sequence[Step]):
+    def __init__(self, phases: Sequence[Phase], stages: Sequence[Sequence[Step]]):
         self._phases = phases
-        self._steps = [dataclasses.replace(step, see=functools.partial(self._see, step.index)) for step in steps]
+        self._stages = [
+            [dataclasses.replace(step, see=functools.partial(self._see, step.index)) for step in steps]
+            for steps in stages
+        ]
         self.kept: dict[tuple[Call, Form], Program] = {}
         self._losses: dict[int, list[str]] = {}
         self._checked: set[int] = set()
         self._batches = Batches()
-        self.options = self._steps[0].options
+        self.options = self._stages[0][0].options
 
     def program(self, call: Call, state: TrainState, batch: Any, lr: Any) -> Program:
         """The program of a call with such arguments."""
         form, _ = pack(state)
         program = self.kept.get((call, form))
         if program is None:
-            program = Program(self._steps, call, form, functools.partial(self._batches.see, (call, form)))
+            self._check_parts(call)
+            program = Program(self._stages[call.stage], call, form, functools.partial(self._batches.see, (call, form)))
             self._check_precision(program, call, (state, batch, lr))
             self.kept[call, form] = program
         return program
@@ -182,6 +190,21 @@ class Programs:
             batches=np.array(int(state.batches) + batches, np.int64),
             pending=np.array(int(state.pending) + 1 if call.only_adds else 0, np.int64),
         )
+
+    def trains(self, turn: Turn, stage: int) -> bool:
+        """Whether each phase of a turn has a part to train in a stage."""
+        return all(self._stages[stage][index].parts for index in turn)
+
+    def _check_parts(self, call: Call) -> None:
+        """Raises if it is the turn of a phase whose parts are all to join later."""
+        for turn in call.turns:
+            if not self.trains(turn, call.stage):
+                phase = next(self._phases[index] for index in turn if not self._stages[call.stage][index].parts)
+                begin = min(self.options.optim.frozen_until[part] for part in phase.trained)
+                raise PhaseError(
+                    f"phase= gives phase {phase.name!r} a turn before step {begin}, where the first of its parts joins,"
+                    f" {listed(phase.trained)}: have it return another phase until then, or lower frozen_until="
+                )
 
     def _check_precision(self, program: Program, call: Call, arguments: tuple[TrainState, Any, Any]) -> None:
         """Warns, once, of phases that compute in 32 bits although they were to do so in 16."""

@@ -222,7 +222,8 @@ class Step:
     ) -> tuple[TrainState, Metrics]:
         """The state after an optimizer step with these gradients, which ends the window."""
         values = self.objective.by_part(metrics, state.step)
-        extra = {"value": metrics["loss"] if values is None else ByPart(values), "value_fn": value_fn}
+        value = metrics["loss"] if values is None else ByPart(values)
+        extra = {"value": value, "value_fn": value_fn, "step": state.step}
         state = dataclasses.replace(state, model_state=model_state, step=optax.safe_increment(state.step))
 
         def step() -> _Stepped:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,14 +9,11 @@ import jax
 import numpy as np
 
 from functrain.errors import UpdateError
-from functrain.gradients.loss import required_context
 from functrain.optim.adoption import Adoption
-from functrain.optim.clipping import clip_written
-from functrain.optim.describe import made_by, makeup
 from functrain.optim.optimizer import Optimizer
 from functrain.tree.paths import PyTree
-from functrain.tree.text import listed
 from functrain.update.checks import (
+    check_context,
     check_cycle,
     check_position,
     check_rates,
@@ -25,12 +21,14 @@ from functrain.update.checks import (
     check_whole,
     checked_count,
 )
-from functrain.update.compiling import calls_of
+from functrain.update.compiling import calls_to_come, scans_to_come
+from functrain.update.configuration import written
 from functrain.update.consumed import check_not_deleted
 from functrain.update.initial import abstract_state, adopted_state, initial_state
 from functrain.update.options import Options
 from functrain.update.phases import Alternation, period
 from functrain.update.programs import Call, Programs
+from functrain.update.stages import stage_of
 from functrain.update.state import TrainState
 from functrain.update.step import Metrics, Step
 from functrain.update.turns import make_cycles, make_turn
@@ -44,7 +42,7 @@ class Update:
     """
 
     schedule: Alternation
-    steps: tuple[Step, ...]
+    stages: tuple[tuple[Step, ...], ...]
     options: Options
 
     @property
@@ -60,16 +58,7 @@ class Update:
     @functools.cached_property
     def configuration(self) -> str:
         """What it is made of, as JSON, for a checkpoint to be checked against."""
-        phases = self.schedule.phases
-        return json.dumps({
-            "parts": {part: self.optim.parts.paths(part) for part in self.optim.parts.names},
-            "optimizers": {part: made_by(tx) for part, tx in self.optim.transforms.items()},
-            "makeup": {part: makeup(tx) for part, tx in self.optim.transforms.items()},
-            "clip": clip_written(self.optim.clip_norm, self.optim.clip_by, self.optim.trained),
-            "accumulate": self.accumulate,
-            "ema": self.options.averages.decays if self.options.averages else {},
-            "phases": [[phase.name, *phase.trained, phase.repeat, phase.same_batch] for phase in phases if phase.name],
-        })  # fmt: skip
+        return written(self.schedule, self.options)
 
     @property
     def cycle(self) -> int:
@@ -88,15 +77,10 @@ class Update:
         Raises:
           UpdateError: a leaf that is no array, or an argument missing that the loss function declares.
         """
-        given = {"key": key, "model_state": model_state}
-        required = {name for phase in self.schedule.phases for name in required_context(phase.loss_fn)}
-        if absent := [name for name in given if name in required and given[name] is None]:
-            raise UpdateError(f"the loss function declares {listed(absent)}: update.init(params, {absent[0]}=...)")
-        if key is None and self.options.surgery is not None and self.options.surgery.needs_key:
-            raise UpdateError("the function of gradients= declares key: update.init(params, key=...)")
-        arrays = self.options.whole.arrays(params)
+        functions = [phase.loss_fn for phase in self.schedule.phases]
+        check_context(functions, self.options.surgery, key=key, model_state=model_state)
         return initial_state(
-            self.options, arrays, model_state=model_state, key=key, configuration=self.configuration, copy=copy
+            self.options, params, model_state=model_state, key=key, configuration=self.configuration, copy=copy
         )
 
     def abstract(self, params: PyTree, *, key: Any = None, model_state: Any = None) -> TrainState:
@@ -104,8 +88,7 @@ class Update:
 
         The arguments may be arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
         """
-        arrays = self.options.whole.arrays(params)
-        return abstract_state(self.options, arrays, model_state=model_state, key=key, configuration=self.configuration)
+        return abstract_state(self.options, params, model_state=model_state, key=key, configuration=self.configuration)
 
     def __call__(
         self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None
@@ -173,12 +156,20 @@ class Update:
             raise UpdateError("pure can't ask phase= for a step that is traced: use update(...) or update.scan(...)")
         if self.cycle > 1:
             check_cycle(batch, self.cycle, self._cycle_in_words)
+        steps = self.stages[stage_of(self.optim, state.step, self.schedule.cycle, "pure")]
         if self.schedule.alternates:
-            return make_cycles(self.steps, self.schedule.cycle)(state, batch, lr)
-        return make_turn(self.steps, self.schedule.cycle[0])(state, batch, lr)
+            return make_cycles(steps, self.schedule.cycle)(state, batch, lr)
+        return make_turn(steps, self.schedule.cycle[0])(state, batch, lr)
 
     def compile(
-        self, state: TrainState, batch: Any = None, *, scan: Any = None, measured: bool = True, flush: bool = True
+        self,
+        state: TrainState,
+        batch: Any = None,
+        *,
+        scan: Any = None,
+        measured: bool = True,
+        flush: bool = True,
+        until: int | None = None,
     ) -> None:
         """Compiles the programs of calls to come side by side, in threads, so that none of them waits for another.
 
@@ -192,15 +183,16 @@ class Update:
           scan: batches on a leading axis, for `scan`; None for none.
           measured: the programs with telemetry, too.
           flush: that of a window that is cut short, too.
+          until: the step at which the run ends: programs with parts that join later are left out.
         """
         check_state(state)
-        with_telemetry = (True, False) if measured else (False,)
-        asked = []
+        with_telemetry, asked = (True, False) if measured else (False,), []
         if scan is not None:
-            call, *_ = self._scan_of(state, scan)
-            asked += [(call._replace(measured=each), state, scan) for each in with_telemetry]
-        for turn in self.schedule.every_turn if batch is not None else ():
-            found = calls_of(self._programs, turn, state, batch, with_telemetry)
+            _, count, _ = self._scan_of(state, scan)
+            calls = scans_to_come(self._programs, self.schedule, state, count // self.accumulate, until)
+            asked += [(call._replace(measured=each), state, scan) for call in calls for each in with_telemetry]
+        if batch is not None:
+            found = calls_to_come(self._programs, self.schedule, state, batch, with_telemetry, until)
             asked += [each for each in found if flush or each[0].kind != "flush"]
         self._programs.compile(asked)
 
@@ -220,8 +212,7 @@ class Update:
             return state, {}
         if self.options.remainder == "drop":
             return dataclasses.replace(state, window=None, pending=np.zeros((), np.int64)), {}
-        call = Call("flush", (self.schedule.turn(int(state.step)),))
-        return self._programs.run(call, state, None, None, batches=0, steps=1)
+        return self._programs.run(self.call_of(state, flushes=True), state, None, None, batches=0, steps=1)
 
     def adopt(self, other: "Update", state: TrainState) -> tuple[TrainState, Adoption]:
         """A state for this update with what fits of another one's; see `Optimizer.adopt`.
@@ -252,10 +243,7 @@ class Update:
         return self.options.whole.tree(self.options.averages.in_params(state.ema, state.params))
 
     def params(self, state: TrainState) -> PyTree:
-        """The whole params of a state, as `init` was given them: with what is no array in its place.
-
-        Without such leaves they are `state.params` itself. The next update consumes them.
-        """
+        """The params of a state, with what of those given to `init` is no array; the next update consumes them."""
         return self.options.whole.tree(state.params)
 
     # How it is compiled and called.
@@ -265,13 +253,16 @@ class Update:
         turns = len(self.schedule.cycle)
         return f"accumulate={self.accumulate}" + (f", and {turns} turns in a cycle" if self.schedule.alternates else "")
 
-    def call_of(self, state: TrainState) -> Call:
-        """What kind of call comes next."""
+    def call_of(self, state: TrainState, *, flushes: bool = False) -> Call:
+        """What kind of call comes next, or what `flush` calls."""
         check_state(state)
-        check_position(state, self.accumulate)
-        position, length = int(state.pending), self.accumulate
+        step, position, length = int(state.step), int(state.pending), self.accumulate
+        stage = self.optim.stage(step) if len(self.stages) > 1 else 0
+        if flushes:
+            return Call("flush", (self.schedule.turn(step),), stage=stage)
+        check_position(state, length)
         kind = "last" if position + 1 == length else "middle" if position else "first"
-        return Call("whole" if length == 1 else kind, (self.schedule.turn(int(state.step)),))
+        return Call("whole" if length == 1 else kind, (self.schedule.turn(step),), stage=stage)
 
     def _scan_of(self, state: TrainState, batches: Any) -> tuple[Call, int, int]:
         """What is called to scan, how many batches it takes in, and how many steps it makes."""
@@ -279,7 +270,8 @@ class Update:
         check_state(state)
         check_whole(state, "scan")
         turns = self.schedule.turns(int(state.step), count // self.accumulate)
-        return Call("scan", period(turns)), count, sum(map(len, turns))
+        stage = stage_of(self.optim, state.step, turns, "scan")
+        return Call("scan", period(turns), stage=stage), count, sum(map(len, turns))
 
     def _take(self, state: TrainState, batch: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
         """Takes in one batch."""
@@ -292,4 +284,4 @@ class Update:
 
     @functools.cached_property
     def _programs(self) -> Programs:
-        return Programs(self.schedule.phases, self.steps)
+        return Programs(self.schedule.phases, self.stages)

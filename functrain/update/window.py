@@ -10,6 +10,7 @@ from functrain.errors import UpdateError
 from functrain.gradients.accumulation import Accumulated, accumulate, zeros
 from functrain.tree.arrays import wide
 from functrain.tree.paths import flatten, structure_difference
+from functrain.tree.text import listed
 
 
 @jax.tree_util.register_dataclass
@@ -42,9 +43,15 @@ def add_to_window(window: Window | None, grads: Any, metrics: Any, weight: Any) 
     """The window with one batch more; None is a window that begins.
 
     Raises:
-      UpdateError: the metrics are not those of the batches before it.
+      UpdateError: the metrics are not those of the batches before it, or the gradients those of other parts.
     """
     if window is not None:
+        if window.grads.keys() != grads.keys():
+            raise UpdateError(
+                f"the window that is pending has gradients of {listed(window.grads)}, and this batch those of"
+                f" {listed(grads)}: go on with the frozen_until= with which it was begun, or end it first, with"
+                " update.flush(state)"
+            )
         _check_metrics(metrics, window.metrics)
     before = None if window is None else Accumulated((window.grads, window.metrics), window.weight)
     acc = accumulate(before, (grads, jax.tree.map(wide, metrics)), weight=weight)

@@ -93,7 +93,7 @@ def test_a_transform_that_takes_anything_and_says_nothing_is_given_what_there_is
         return updates, state
 
     pure_step(optax.GradientTransformationExtraArgs(lambda params: (), update))
-    assert seen[0].keys() == {"value", "value_fn"}
+    assert seen[0].keys() == {"value", "value_fn", "step"}
 
 
 def noisy(params, batch, key, model_state):

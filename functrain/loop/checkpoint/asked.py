@@ -118,7 +118,15 @@ def of_numbers(contents: Contents, asked: Asked) -> tuple[str, ...]:
             lines += [f"part {part!r}: {line}" for line in changed(old, new)]
     saved, now = contents.configuration.get("clip", {}), asked.configuration.get("clip", {})
     lines += [f"{name} was {saved[name]}, is now {now[name]}" for name in saved if now.get(name) != saved[name]]
+    before, after = (each.configuration.get("frozen_until", {}) for each in (contents, asked))
+    for part in {**before, **after}:
+        if part in contents.configuration.get("parts", ()) and before.get(part) != after.get(part):
+            lines.append(f"part {part!r} {_joins(before.get(part), 'was')}, {_joins(after.get(part), 'is now')}")
     return tuple(lines)
+
+
+def _joins(step: int | None, verb: str) -> str:
+    return f"{verb} trained from the first step" if step is None else f"{verb} frozen until step {step}"
 
 
 def _decays(configuration: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,65 @@
+"""Which transform each part has, and from which step of a run."""
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+from functrain.optim.checks import check_joins, check_transforms
+from functrain.optim.clipping import By, Norms, checked_norms
+from functrain.optim.describe import described
+from functrain.optim.transforms import Frozen, Transform
+from functrain.tree.partition import Partition, table
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Assignment:
+    """What an `Optimizer` is made with, checked, and what follows of it for a part; the fields are its arguments."""
+
+    parts: Partition
+    transforms: Mapping[str, Transform]
+    clip_norm: Norms | None = dataclasses.field(default=None, kw_only=True)
+    clip_by: By | None = dataclasses.field(default=None, kw_only=True)
+    frozen_until: Mapping[str, int] = dataclasses.field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_transforms(self.parts, self.transforms)
+        object.__setattr__(self, "transforms", dict(self.transforms))
+        checked_norms(self.clip_norm, self.clip_by, self.trained)
+        check_joins(self.frozen_until, self.transforms, self.trained)
+        object.__setattr__(self, "frozen_until", dict(self.frozen_until))
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The parts that have a transform; what to give to `make_train_step(..., wrt=optim.trained)`."""
+        return tuple(part for part in self.parts.names if not isinstance(self.transforms[part], Frozen))
+
+    def trained_at(self, step: int) -> tuple[str, ...]:
+        """The parts that an update trains when a run has finished this many steps: those that have joined.
+
+        In a loop of one's own it is what to give to `make_train_step(..., wrt=optim.trained_at(step))`.
+        """
+        return tuple(part for part in self.trained if self.frozen_until.get(part, 0) <= step)
+
+    @functools.cached_property
+    def stages(self) -> tuple[int, ...]:
+        """The steps from which other parts are trained than before; the first is 0."""
+        return (0, *sorted({*self.frozen_until.values()}))
+
+    def stage(self, step: int) -> int:
+        """The number of the stage that a run is in when it has finished this many steps."""
+        return bisect.bisect_right(self.stages, step) - 1
+
+    @property
+    def described(self) -> dict[str, str]:
+        """What the transform of each part is made of, as far as it can be told; "frozen" for a frozen one."""
+        texts = {part: described(self.transforms[part]) for part in self.parts.names}
+        return texts | {
+            part: f"frozen until step {step}, then {texts[part]}" for part, step in self.frozen_until.items()
+        }
+
+    def __str__(self) -> str:
+        return table(self.parts, "optimizer", list(self.described.values()))
+
+    def __repr__(self) -> str:
+        return f"Optimizer({', '.join(f'{part}: {name}' for part, name in self.described.items())})"
