@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import NonFiniteError
-from functrain.loop.warn import warn
 from functrain.tree.paths import flatten
 from functrain.tree.text import listed
+from functrain.tree.warn import warn
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 

@@ -27,6 +27,8 @@ from functrain.loop.run import Run
 from functrain.loop.saving import Rates, Saver
 from functrain.loop.signals import StopSignals
 from functrain.loop.training import Plan, train
+from functrain.update.consumed import check_not_deleted
+from functrain.update.packed import as_it_was
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 
@@ -136,9 +138,11 @@ def fit(
       SaveError: the last save of the run failed.
       NonFiniteError: a loss, a parameter or model state is NaN or infinite, at a log, an evaluation, an epoch's end, a
         save, or the end of the run.
+      UpdateError: an update has consumed the state, and there is no checkpoint to go on from.
       SystemExit: 143 or 130 after SIGTERM or SIGINT: the update was finished and saved, data was not waited for.
     """
     check_given(locals())
+    state = as_it_was(state)  # Where there is a checkpoint, the run goes on from that.
     watching = [*([stop] if stop else []), *hooks]
     log, all_hooks = log or Every(updates=100), Hooks(watching)
     plan = Plan(
@@ -184,6 +188,8 @@ def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, 
     if fresh:
         _start_anew(plan.saver.checkpoints if plan.saver else None)
     restored = plan.saver.restore(run, regroup=regroup) if plan.saver else None
+    if restored is None:
+        check_not_deleted(jax.tree.leaves(run.state))
     _tell_regrouped(restored)
     plan.rows.resume(run, is_restored=restored is not None)
 

@@ -8,7 +8,7 @@ from functrain.loop.every import Moment
 from functrain.loop.logs import Logger, flattened, read_json_lines
 from functrain.loop.run import Run
 from functrain.loop.unfailing import Unfailing
-from functrain.loop.warn import warn
+from functrain.tree.warn import warn
 
 
 class Rows:

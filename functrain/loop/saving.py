@@ -15,8 +15,9 @@ from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.hooks import Hooks
 from functrain.loop.logs import flattened
 from functrain.loop.run import Run
-from functrain.loop.warn import warn
 from functrain.optim.learning_rate import rates_in
+from functrain.tree.warn import warn
+from functrain.update.consumed import check_not_deleted
 from functrain.update.state import TrainState
 
 Rates: TypeAlias = Literal["program", "checkpoint"]
@@ -172,4 +173,6 @@ def _told(part: str, rate: float, given: float, *, taken: bool, known: bool) -> 
 def _constant_rates(state: TrainState) -> dict[str, float]:
     """The learning rates that no schedule says, by part."""
     found = {part: rates_in(opt_state) for part, opt_state in state.opt_state.items()}
-    return {part: float(rates[0].setting) for part, rates in found.items() if rates and rates[0].setting is not None}
+    settings = {part: rates[0].setting for part, rates in found.items() if rates and rates[0].setting is not None}
+    check_not_deleted([*settings.values()])
+    return {part: float(setting) for part, setting in settings.items()}

@@ -17,7 +17,8 @@ from functrain.loop.given import check_data
 from functrain.loop.reader import Reader
 from functrain.tree.paths import flatten
 from functrain.tree.text import listed
-from functrain.update.checks import check_not_deleted, check_rates, check_state
+from functrain.update.checks import check_rates, check_state
+from functrain.update.consumed import check_not_deleted
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 

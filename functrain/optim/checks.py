@@ -13,12 +13,13 @@ from functrain.optim.transforms import Frozen, Transform
 from functrain.tree.partition import Partition, Split
 from functrain.tree.selectors import non_float
 from functrain.tree.text import around_first_difference, did_you_mean, listed
+from functrain.tree.warn import warn
 
 _HINT = "split gradients come from make_train_step(loss_fn, parts, wrt=optim.trained) or parts.split(grads)"
 
 
 def check_transforms(parts: Partition, transforms: Mapping[str, Transform]) -> None:
-    """Raises unless every part has one transform."""
+    """Raises unless every part has one transform; warns of arrays at several trained paths."""
     if not isinstance(parts, Partition) or not isinstance(transforms, Mapping):
         raise OptimizerError(
             "Optimizer(parts, transforms) takes an ft.partition(...) and a dict of a transform for each part, not"
@@ -34,6 +35,22 @@ def check_transforms(parts: Partition, transforms: Mapping[str, Transform]) -> N
     for part, tx in transforms.items():
         if not isinstance(tx, Frozen) and not (hasattr(tx, "init") and hasattr(tx, "update")):
             raise OptimizerError(f"part {part!r}: {tx!r} is no optax transform; write e.g. optax.adam(1e-3)")
+    _tell_of_shared(parts, [part for part, tx in transforms.items() if not isinstance(tx, Frozen)])
+
+
+def _tell_of_shared(parts: Partition, trained: Sequence[str]) -> None:
+    """Warns of arrays at several trained paths; one that is frozen at the others, as a target network is, is meant."""
+    of_trained = {path for part in trained for path in parts.paths(part)}
+    groups = [each for paths in parts.shared if len(each := [path for path in paths if path in of_trained]) > 1]
+    if groups:
+        shown = "; ".join(" and ".join(map(repr, group[:4])) for group in groups[:3])
+        arrays = "one array" if len(groups) == 1 else f"{len(groups):,} arrays"
+        more = f" and {len(groups) - 3:,} more" if len(groups) > 3 else ""
+        warn(
+            f"{sum(map(len, groups)):,} trained leaves are {arrays} ({shown}{more}), but parameters of their own, which"
+            " drift apart from the first step on: to tie them, keep one and use it twice in the model; if they are"
+            " meant to differ, copy one"
+        )
 
 
 def check_joins(frozen_until: Mapping[str, int], transforms: Mapping[str, Transform], trained: Sequence[str]) -> None:

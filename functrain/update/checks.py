@@ -79,12 +79,3 @@ def check_cycle(batch: Any, cycle: int, cycle_in_words: str) -> None:
             f"pure takes in {cycle} batches stacked on a leading axis ({cycle_in_words}), not {wrong}; for more of them"
             " use update.scan, or a scan of your own over pure"
         )
-
-
-def check_not_deleted(leaves: Sequence[Any]) -> None:
-    """Raises if a leaf of a state was deleted."""
-    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
-        raise UpdateError(
-            "this state was consumed by an earlier call, and with it every shallow copy: go on from the state that"
-            " the call returned, state, metrics = update(state, batch), or copy.deepcopy(state) before it"
-        )

@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +11,15 @@ import numpy as np
 
 from functrain.errors import LossError, PhaseError
 from functrain.gradients.loss import Loss, name_of
+from functrain.tree.paths import flatten
 from functrain.tree.text import listed
-from functrain.update.checks import check_not_deleted
-from functrain.update.packed import Form, pack, packed_leaves, unpack
+from functrain.update.consumed import check_not_deleted
+from functrain.update.packed import Form, consume, pack, packed_leaves, unpack
 from functrain.update.phases import Phase, Turn
 from functrain.update.precision import check_products
 from functrain.update.state import TrainState
 from functrain.update.step import Metrics, Step
+from functrain.update.tracing import Batches, described, field_and_path, names_of_arguments
 from functrain.update.turns import Body, make_cycles, make_turn, under_phases
 from functrain.update.window import Window
 
@@ -52,8 +54,9 @@ class Program:
     a frozen part has none at all.
     """
 
-    def __init__(self, steps: Sequence[Step], call: Call, form: Form):
+    def __init__(self, steps: Sequence[Step], call: Call, form: Form, see: Callable[[Any], None]):
         self.form = form
+        self._see = see
         self._consumes = _changed(steps, call, form)
         self._reads = _read(self._consumes, form)
         # Only a middle batch returns a window, of which a consumed one could be the place.
@@ -92,6 +95,7 @@ class Program:
         # One leaf of each tells: what a call consumes is deleted together.
         check_not_deleted([*consumed[0][:1], *read[0][:1], *([consumed[1].weight] if consumed[1] else [])])
         changed, window, metrics = self.jitted(consumed, read, batch, lr)
+        consume(state)
         leaves = changed
         if len(changed) < self.form.leaves:
             leaves = pack(state)[1].copy()
@@ -104,11 +108,22 @@ class Program:
         """What `jax.jit(...).trace` gives; a call with such arguments does not trace again."""
         return self.jitted.trace(*self.split(state), batch, lr)
 
+    def _names(self, batch: Any, lr: Any) -> dict[str, str]:
+        """What the arguments of the jitted function are to the user, by what JAX calls them."""
+        leaves = {i: path for path, i in flatten(self.form.fields(range(self.form.leaves))).items()}
+        of = {f"consumed[0][{nth}]": leaves[i] for nth, i in enumerate(self._consumes)}
+        of |= {f"read[0][{nth}]": leaves[i] for nth, i in enumerate(self._reads)}
+        fields = {name: field_and_path(path) for name, path in of.items()}
+        others = {"read[2]": "the key", "read[3]": "the step", "read[4]": "the number of batches"}
+        return fields | others | described("batch", "the batch's", batch) | described("lr", "lr", lr)
+
     def _jitted(self, steps: Sequence[Step], call: Call) -> Any:
         body = body_of(steps, call)
 
         def run(consumed: Any, read: Any, batch: Any, lr: Any) -> tuple[list[Any], Any, Metrics]:
-            state, metrics = body(self.join(consumed, read), batch, lr)
+            self._see(batch)
+            with names_of_arguments(lambda: self._names(batch, lr)):
+                state, metrics = body(self.join(consumed, read), batch, lr)
             leaves = packed_leaves(state)
             return [leaves[i] for i in self._consumes], state.window, metrics
 
@@ -137,6 +152,7 @@ class Programs:
         self.kept: dict[tuple[Call, Form], Program] = {}
         self._losses: dict[int, list[str]] = {}
         self._checked: set[int] = set()
+        self._batches = Batches()
         self.options = self._stages[0][0].options
 
     def program(self, call: Call, state: TrainState, batch: Any, lr: Any) -> Program:
@@ -145,7 +161,7 @@ class Programs:
         program = self.kept.get((call, form))
         if program is None:
             self._check_parts(call)
-            program = Program(self._stages[call.stage], call, form)
+            program = Program(self._stages[call.stage], call, form, functools.partial(self._batches.see, (call, form)))
             self._check_precision(program, call, (state, batch, lr))
             self.kept[call, form] = program
         return program

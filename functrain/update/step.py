@@ -193,7 +193,7 @@ class Step:
             grads, metrics, weight, model_state = of_batch(batch, folded, model_state)
             return (add_to_window(window, grads, metrics, weight), model_state), None
 
-        slices = _sliced(batch, count)
+        slices = sliced(batch, count)
         one = jax.tree.map(lambda leaf: leaf[0], slices)
         of_grads, of_metrics, *_ = jax.eval_shape(of_batch, one, key, model_state)
         start = (empty_window(of_grads, of_metrics), model_state)
@@ -298,7 +298,7 @@ def _metrics(loss: Loss, total: Any) -> Metrics:
     return {"loss": total, **named, **other}
 
 
-def _sliced(batch: Any, count: int) -> Any:
+def sliced(batch: Any, count: int) -> Any:
     """A batch as slices on a new leading axis; each takes every count-th example, so that none leaves its device."""
     lengths = leading_lengths(batch)
     if len({*lengths.values()}) > 1:

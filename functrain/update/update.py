@@ -15,7 +15,6 @@ from functrain.tree.paths import PyTree
 from functrain.update.checks import (
     check_context,
     check_cycle,
-    check_not_deleted,
     check_position,
     check_rates,
     check_state,
@@ -24,6 +23,7 @@ from functrain.update.checks import (
 )
 from functrain.update.compiling import calls_to_come, scans_to_come
 from functrain.update.configuration import written
+from functrain.update.consumed import check_not_deleted
 from functrain.update.initial import abstract_state, adopted_state, initial_state
 from functrain.update.options import Options
 from functrain.update.phases import Alternation, period
@@ -107,7 +107,7 @@ class Update:
           "skipped", 1 or 0, and "nonfinite", `{part: bool}`.
 
         Raises:
-          UpdateError: called under a trace: use `update.pure` there.
+          UpdateError: called under a trace: use `update.pure` there; or an earlier call has consumed the state.
         """
         return self._take(state, batch, lr, measured=False)
 

@@ -1,7 +1,10 @@
 """What an optimizer refuses. Every message names what is wrong and says what to write instead."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from optimizers import PARTS, SCHEDULED, Model, gradients, params
@@ -250,3 +253,43 @@ def test_a_state_of_another_transform_is_an_error():
             ft.OptimizerError, match=r"the state of part 'all' is not one that its transform makes: .* use"
         ):
             optim.step(params, {"all": {"w": jnp.ones(2)}}, other.init(params))
+
+
+# One array at several paths.
+
+
+def warned_of(tree, rules, **frozen):
+    """What is said of an optimizer of a tree; the parts that are named are frozen."""
+    parts = ft.partition(tree, rules)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ft.Optimizer(parts, {part: optax.sgd(0.1) for part in rules} | frozen)
+    assert all(each.filename == __file__ for each in caught)
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("array", [jnp.ones(2), np.ones(2)], ids=["jax", "numpy"])
+def test_one_array_at_two_trained_paths_is_warned_of(array):
+    assert warned_of({"a": array, "b": {"w": array}}, {"a": "a", "rest": ...}) == [
+        "2 trained leaves are one array ('a' and 'b/w'), but parameters of their own, which drift apart from the first"
+        " step on: to tie them, keep one and use it twice in the model; if they are meant to differ, copy one"
+    ]
+
+
+def test_many_of_them_are_one_warning_with_a_count():
+    layers = [{"w": jnp.ones(2), "b": np.ones(3)} for _ in range(4)]
+    (told,) = warned_of({"encoder": layers, "decoder": layers, "third": layers[:1]}, {"all": ...})
+    first = "'decoder/0/b' and 'encoder/0/b' and 'third/0/b'; 'decoder/0/w' and"
+    assert told.startswith(f"18 trained leaves are 8 arrays ({first}")
+    assert "'decoder/1/b' and 'encoder/1/b' and 5 more), but" in told
+
+
+def test_a_target_network_that_starts_as_its_source_is_not_warned_of():
+    online = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    rules = {"online": "online", "target": "target"}
+    assert not warned_of({"online": online, "target": online}, rules, target=ft.FROZEN)
+    assert not warned_of({"online": online, "target": online}, rules, target=ft.FROZEN, online=ft.FROZEN)
+    (told,) = warned_of(
+        {"online": online, "also": online["w"], "target": online}, rules | {"rest": ...}, target=ft.FROZEN
+    )
+    assert told.startswith("2 trained leaves are one array ('also' and 'online/w'), but")

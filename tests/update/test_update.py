@@ -385,8 +385,7 @@ def test_a_target_network_by_after_is_exact_and_may_start_as_its_source():
         target = jax.tree.map(lambda t, c: jnp.where(step % 2 == 0, c, t), params["target"], params["critic"])
         return params | {"target": target}, model_state
 
-    with pytest.warns(UserWarning, match="are one array"):
-        parts = ft.partition(params, {"critic": "critic", "target": "target"})
+    parts = ft.partition(params, {"critic": "critic", "target": "target"})
     optim = ft.Optimizer(parts, {"critic": optax.sgd(0.1), "target": ft.FROZEN})
     update = ft.make_update(loss_fn, optim, after=copy_every_other)
     for copy in (True, False):
