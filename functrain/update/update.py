@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -31,7 +31,10 @@ from functrain.update.programs import Call, Programs
 from functrain.update.stages import stage_of
 from functrain.update.state import TrainState
 from functrain.update.step import Metrics, Step
-from functrain.update.turns import make_cycles, make_turn
+from functrain.update.turns import apart, make_cycles, make_turn
+
+Taken: TypeAlias = tuple[TrainState, Metrics, Any]
+"""The next state, metrics, and their weights: an array, a `KnownWeight`, None without a step; with phases by phase."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -109,7 +112,8 @@ class Update:
         Raises:
           UpdateError: called under a trace: use `update.pure` there.
         """
-        return self._take(state, batch, lr, measured=False)
+        state, metrics, _ = self.taken(state, batch, lr)
+        return state, metrics
 
     def measured(
         self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None
@@ -118,7 +122,8 @@ class Update:
 
         It is a program of its own, so that the steps that are not measured pay nothing. See `telemetry.by_part`.
         """
-        return self._take(state, batch, lr, measured=True)
+        state, metrics, _ = self.taken(state, batch, lr, measured=True)
+        return state, metrics
 
     def scan(
         self, state: TrainState, batches: Any, *, lr: Mapping[str, Any] | None = None, measured: bool = False
@@ -140,9 +145,8 @@ class Update:
         Raises:
           UpdateError: the leading axis is no multiple of `accumulate`, or of a cycle's batches, or a window is pending.
         """
-        check_rates(lr, self.optim.trained)
-        call, count, steps = self._scan_of(state, batches)
-        return self._programs.run(call._replace(measured=measured), state, batches, lr, batches=count, steps=steps)
+        state, metrics, _ = self.scanned(state, batches, lr, measured=measured)
+        return state, metrics
 
     def pure(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> tuple[TrainState, Metrics]:
         """The update as a pure function, for a `jit`, `scan` or `vmap` of one's own.
@@ -158,8 +162,10 @@ class Update:
             check_cycle(batch, self.cycle, self._cycle_in_words)
         steps = self.stages[stage_of(self.optim, state.step, self.schedule.cycle, "pure")]
         if self.schedule.alternates:
-            return make_cycles(steps, self.schedule.cycle)(state, batch, lr)
-        return make_turn(steps, self.schedule.cycle[0])(state, batch, lr)
+            state, found = make_cycles(steps, self.schedule.cycle)(state, batch, lr)
+        else:
+            state, found = make_turn(steps, self.schedule.cycle[0])(state, batch, lr)
+        return state, apart(found)[0]
 
     def compile(
         self,
@@ -207,12 +213,8 @@ class Update:
         Returns:
           The new state, and the means over the window if it made a step, else no metrics.
         """
-        check_state(state)
-        if int(state.pending) == 0 or self.options.remainder == "carry":
-            return state, {}
-        if self.options.remainder == "drop":
-            return dataclasses.replace(state, window=None, pending=np.zeros((), np.int64)), {}
-        return self._programs.run(self.call_of(state, flushes=True), state, None, None, batches=0, steps=1)
+        state, metrics, _ = self.flushed(state)
+        return state, metrics
 
     def adopt(self, other: "Update", state: TrainState) -> tuple[TrainState, Adoption]:
         """A state for this update with what fits of another one's; see `Optimizer.adopt`.
@@ -246,7 +248,33 @@ class Update:
         """The params of a state, with what of those given to `init` is no array; the next update consumes them."""
         return self.options.whole.tree(state.params)
 
-    # How it is compiled and called.
+    # The same calls, which also return what the metrics are means over, as the loop needs it.
+
+    def taken(self, state: TrainState, batch: Any, lr: Any = None, *, measured: bool = False) -> Taken:
+        """A call, or `measured`."""
+        call = self.call_of(state)
+        check_rates(lr, self.optim.trained)
+        if call.only_adds:
+            return self._programs.run(call, state, batch, None, batches=1, steps=0)
+        call = call._replace(measured=measured)
+        return self._programs.run(call, state, batch, lr, batches=1, steps=len(call.turns[0]))
+
+    def scanned(self, state: TrainState, batches: Any, lr: Any = None, *, measured: bool = False) -> Taken:
+        """`scan`."""
+        check_rates(lr, self.optim.trained)
+        call, count, steps = self._scan_of(state, batches)
+        return self._programs.run(call._replace(measured=measured), state, batches, lr, batches=count, steps=steps)
+
+    def flushed(self, state: TrainState) -> Taken:
+        """`flush`."""
+        check_state(state)
+        if int(state.pending) == 0 or self.options.remainder == "carry":
+            return state, {}, None
+        if self.options.remainder == "drop":
+            return dataclasses.replace(state, window=None, pending=np.zeros((), np.int64)), {}, None
+        return self._programs.run(self.call_of(state, flushes=True), state, None, None, batches=0, steps=1)
+
+    # How it is compiled.
 
     @property
     def _cycle_in_words(self) -> str:
@@ -272,15 +300,6 @@ class Update:
         turns = self.schedule.turns(int(state.step), count // self.accumulate)
         stage = stage_of(self.optim, state.step, turns, "scan")
         return Call("scan", period(turns), stage=stage), count, sum(map(len, turns))
-
-    def _take(self, state: TrainState, batch: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
-        """Takes in one batch."""
-        call = self.call_of(state)
-        check_rates(lr, self.optim.trained)
-        if call.only_adds:
-            return self._programs.run(call, state, batch, None, batches=1, steps=0)
-        call = call._replace(measured=measured)
-        return self._programs.run(call, state, batch, lr, batches=1, steps=len(call.turns[0]))
 
     @functools.cached_property
     def _programs(self) -> Programs:
