@@ -65,6 +65,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     loggers: Sequence[Logger] = (),
     log: Every | None = None,
+    log_last: bool = False,
     progress: bool | None = None,
     stop: EarlyStopping | None = None,
     hooks: Sequence[Hook] = (),
@@ -103,8 +104,9 @@ def fit(
       evaluation: one, or several with different names.
       checkpoints: where to save, how often, and what to keep. A log in JSON lines is kept beside them.
       loggers: more places for the numbers.
-      log: how often to log, by default every 100 updates; the last step of every epoch is logged too. What is not
-        logged is not read from the device.
+      log: how often to log, by default every 100 updates; the last step of every epoch is logged too. What is logged
+        of the updates are weighted means since the last row, summed on the device, which is not read in between.
+      log_last: log the metrics of the last update alone as well, under "train/last".
       progress: a progress bar; by default where there is a terminal, and where there is none a line at each evaluation
         and at each epoch's end; False for neither.
       stop: when to stop early.
@@ -147,7 +149,7 @@ def fit(
         unroll=unroll,
         sharding=sharding,
         log=log,
-        rows=_rows(loggers, checkpoints),
+        rows=_rows(loggers, checkpoints, log_last=log_last),
         hooks=all_hooks,
         evaluations=_evaluations(evaluation, update, sharding),
         saver=Saver(checkpoints, all_hooks, rates) if checkpoints else None,
@@ -242,12 +244,12 @@ def _tell_regrouped(restored: Restored | None) -> None:
         print(restored.report)
 
 
-def _rows(loggers: Sequence[Logger], checkpoints: Checkpoints | None) -> Rows:
+def _rows(loggers: Sequence[Logger], checkpoints: Checkpoints | None, *, log_last: bool) -> Rows:
     """Where numbers go: the first process writes them, to a log beside the checkpoints too; all find them there."""
     path = checkpoints.directory / _LOG if checkpoints else None
     # It says what a run that goes on has logged: last, so that no other logger lacks what it has.
     of_first = [*loggers, *([] if path is None else [JsonLines(path)])]
-    return Rows([] if jax.process_index() else of_first, path)
+    return Rows([] if jax.process_index() else of_first, path, log_last=log_last)
 
 
 def _evaluations(
