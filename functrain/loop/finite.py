@@ -96,23 +96,15 @@ class Watch:
             # Not fetched before something is wrong: nothing waits for the device.
             self._at_first = [*leaves], _are_finite([*leaves.values()])
 
-    def check_logged(self, state: TrainState, row: Mapping[str, Any], last_sound: LastSound) -> None:
-        """Raises for a state that is not finite, and for a loss, unless such updates are left out.
-
-        Raises:
-          NonFiniteError: names the losses, what of the state is not finite, and the last sound checkpoint.
-        """
-        self._check(state, row, last_sound)
-
-    def check(self, state: TrainState, metrics: Mapping[str, Any], last_sound: LastSound) -> None:
-        """Raises for a state that must not be saved or returned; the metrics are those of the update before.
+    def check(self, state: TrainState, losses: Callable[[], Mapping[str, Any]], last_sound: LastSound) -> None:
+        """Raises for a state that must not be saved or returned; the losses are asked for unless it was looked at.
 
         Raises:
           NonFiniteError: a loss, a trained parameter, a gradient of a pending window, or a leaf of the model state is
             not finite.
         """
         if self._sound() is not state:
-            self._check(state, losses_of(metrics), last_sound)
+            self._check(state, losses(), last_sound)
 
     def tell_results(self, step: int, results: Mapping[str, Any]) -> None:
         """Warns of results of an evaluation that are not finite, once of each name."""

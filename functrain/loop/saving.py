@@ -13,7 +13,6 @@ from functrain.errors import SaveError
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.hooks import Hooks
-from functrain.loop.logs import flattened
 from functrain.loop.run import Run
 from functrain.optim.learning_rate import rates_in
 from functrain.tree.warn import warn
@@ -49,14 +48,15 @@ class Saver:
         """
         if self._saved == _counters(run):
             return
-        run.watch.check(run.state, run.all_metrics(), self.last_sound)
+        run.check(self.last_sound)
         extra = {
             "epoch": run.epoch,
             "read": run.reader.read,
             "seconds": run.now.seconds,
             "results": {name: _written(value) for name, value in run.results.items() if _is_numeric(value)},
-            # Without an update after it, an epoch's end logs those of the update before it.
-            "metrics": flattened(run.newest_metrics()),
+            # The next row is of the updates before it, too.
+            "metrics": run.means.last(),
+            "means": run.means.state(),
             "hooks": self._hooks.states(),
             "rates": self._taken,
         }
@@ -82,6 +82,7 @@ class Saver:
             seconds=extra["seconds"],
             results={name: _taken_back(value) for name, value in extra["results"].items()},
             metrics=dict(extra.get("metrics", {})),
+            means=dict(extra.get("means", {})),
         )
         run.reader.resume(restored.data, extra["read"])
         self._hooks.load(extra["hooks"])

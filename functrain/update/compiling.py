@@ -82,7 +82,7 @@ def calls_of(
 def _after_the_first(programs: Programs, first: Call, state: TrainState, batch: Any) -> TrainState:
     """The state as it is after the first batch of a window, with shapes in the place of the window."""
     program = programs.program(first, state, batch, None)
-    _, window, _ = program.jitted.eval_shape(*program.split(state), batch, None)
+    _, window, *_ = program.jitted.eval_shape(*program.split(state), batch, None)
     split = programs.options.optim.parts.split(state.params)
     committed = filter(None, map(committed_sharding, jax.tree.leaves(state.params)))
     of_others = next(map(replicated_like, committed), None)

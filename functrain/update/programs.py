@@ -20,7 +20,7 @@ from functrain.update.precision import check_products
 from functrain.update.state import TrainState
 from functrain.update.step import Metrics, Step
 from functrain.update.tracing import Batches, described, field_and_path, names_of_arguments
-from functrain.update.turns import Body, make_cycles, make_turn, under_phases
+from functrain.update.turns import Body, Found, apart, make_cycles, make_turn, under_phases
 from functrain.update.window import Window
 
 _LAST = 2**31 - 1
@@ -85,8 +85,8 @@ class Program:
             window=consumed_window or read_window,
         )
 
-    def __call__(self, state: TrainState, batch: Any, lr: Any, **counters: Any) -> tuple[TrainState, Metrics]:
-        """The next state, with the given counters, and the metrics.
+    def __call__(self, state: TrainState, batch: Any, lr: Any, **counters: Any) -> tuple[TrainState, Metrics, Any]:
+        """The next state, with the given counters, the metrics, and what they are means over.
 
         Raises:
           UpdateError: an earlier call has consumed the state.
@@ -94,7 +94,7 @@ class Program:
         consumed, read = self.split(state)
         # One leaf of each tells: what a call consumes is deleted together.
         check_not_deleted([*consumed[0][:1], *read[0][:1], *([consumed[1].weight] if consumed[1] else [])])
-        changed, window, metrics = self.jitted(consumed, read, batch, lr)
+        changed, window, metrics, weights = self.jitted(consumed, read, batch, lr)
         consume(state)
         leaves = changed
         if len(changed) < self.form.leaves:
@@ -102,7 +102,7 @@ class Program:
             for i, leaf in zip(self._consumes, changed, strict=True):
                 leaves[i] = leaf
         others = {"key": state.key, "window": window, "configuration": state.configuration, **counters}
-        return unpack(TrainState, self.form, leaves, **others), metrics
+        return unpack(TrainState, self.form, leaves, **others), metrics, weights
 
     def traced(self, state: TrainState, batch: Any, lr: Any) -> Any:
         """What `jax.jit(...).trace` gives; a call with such arguments does not trace again."""
@@ -120,12 +120,12 @@ class Program:
     def _jitted(self, steps: Sequence[Step], call: Call) -> Any:
         body = body_of(steps, call)
 
-        def run(consumed: Any, read: Any, batch: Any, lr: Any) -> tuple[list[Any], Any, Metrics]:
+        def run(consumed: Any, read: Any, batch: Any, lr: Any) -> tuple[list[Any], Any, Metrics, Any]:
             self._see(batch)
             with names_of_arguments(lambda: self._names(batch, lr)):
-                state, metrics = body(self.join(consumed, read), batch, lr)
+                state, found = body(self.join(consumed, read), batch, lr)
             leaves = packed_leaves(state)
-            return [leaves[i] for i in self._consumes], state.window, metrics
+            return [leaves[i] for i in self._consumes], state.window, *apart(found)
 
         run.__name__ = f"functrain_{call.kind}"
         out_shardings = None
@@ -136,7 +136,7 @@ class Program:
             # The names of the losses, where there are gradients of each, are not known yet.
             of_window = None if step.options.by_loss else grads
             window = Window(grads=of_window, metrics=None, weight=None) if call.only_adds else None
-            out_shardings = ([self.form.shardings[i] for i in self._consumes], window, None)
+            out_shardings = ([self.form.shardings[i] for i in self._consumes], window, None, None)
         return jax.jit(run, donate_argnums=0, out_shardings=out_shardings)
 
 
@@ -180,8 +180,8 @@ class Programs:
 
     def run(
         self, call: Call, state: TrainState, batch: Any, lr: Mapping[str, Any] | None, *, batches: int, steps: int
-    ) -> tuple[TrainState, Metrics]:
-        """Makes a call, which takes in a number of batches and makes a number of steps."""
+    ) -> tuple[TrainState, Metrics, Any]:
+        """Makes a call, which takes in a number of batches and makes a number of steps; also returns the weights."""
         return self.program(call, state, batch, lr)(
             state,
             batch,
@@ -264,13 +264,13 @@ def body_of(steps: Sequence[Step], call: Call) -> Body:
         return make_turn(steps, turn, measured=measured)
     step = steps[turn[0]]
 
-    def run(state: TrainState, batch: Any, lr: Any) -> tuple[TrainState, Metrics]:
+    def run(state: TrainState, batch: Any, lr: Any) -> tuple[TrainState, Found]:
         if call.only_adds:
-            state, metrics = step.add(state, batch)
+            state, weighed = step.add(state, batch)
         elif call.kind == "last":
-            state, metrics = step.last(state, batch, lr, measured=measured)
+            state, weighed = step.last(state, batch, lr, measured=measured)
         else:
-            state, metrics = step.flush(state, lr, measured=measured)
-        return state, under_phases({step.name: metrics})
+            state, weighed = step.flush(state, lr, measured=measured)
+        return state, under_phases({step.name: weighed})
 
     return run

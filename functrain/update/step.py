@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from functrain.errors import LossError, UpdateError
@@ -25,6 +26,21 @@ from functrain.update.window import add_to_window, empty_window
 Metrics = dict[str, Any]
 After = Callable[[PyTree, Any, Any], tuple[PyTree, Any]]
 RESERVED = {"loss_scale", "nonfinite", "parts", "skipped"}
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class KnownWeight:
+    """A weight that is known when it is traced: it is no output of the program, which costs at each call."""
+
+    value: float
+
+
+class Weighed(NamedTuple):
+    """The metrics of a batch or a window, and what they are means over; None where no step was made."""
+
+    metrics: Metrics
+    weight: Any
 
 
 class _Stepped(NamedTuple):
@@ -78,36 +94,34 @@ class Step:
 
     def whole(
         self, state: TrainState, batch: Any, lr: Any, *, measured: bool, repeat: int = 0
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, Weighed]:
         """A batch that is a window of its own; the turn that it belongs to counts it. `repeat`: steps on it before."""
-        grads, metrics, _, model_state = self._gradients(state, batch, repeat)
+        grads, metrics, weight, model_state = self._gradients(state, batch, repeat)
         value_fn = ByPart({part: functools.partial(self._value, state, batch, repeat, part) for part in self.parts})
-        grads = self._operated(state, grads, metrics, repeat)
-        return self._end(state, grads, metrics, model_state, lr, measured=measured, value_fn=value_fn)
+        grads, weighed = self._operated(state, grads, metrics, repeat), Weighed(metrics, _known(weight))
+        return self._end(state, grads, weighed, model_state, lr, measured=measured, value_fn=value_fn)
 
-    def add(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def add(self, state: TrainState, batch: Any) -> tuple[TrainState, Weighed]:
         """A batch that does not end its window: its gradients are added to what is pending."""
         grads, metrics, weight, model_state = self._gradients(state, batch)
         window = add_to_window(state.window, grads, metrics, weight)
-        return dataclasses.replace(_one_batch_more(state), window=window, model_state=model_state), metrics
+        after = dataclasses.replace(_one_batch_more(state), window=window, model_state=model_state)
+        return after, Weighed(metrics, None)
 
-    def last(self, state: TrainState, batch: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
+    def last(self, state: TrainState, batch: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Weighed]:
         """A batch that ends its window."""
-        grads, metrics, weight, model_state = self._gradients(state, batch)
-        grads, metrics = add_to_window(state.window, grads, metrics, weight).mean()
-        state = _one_batch_more(state)
-        grads = self._operated(state, grads, metrics)
-        return self._end(state, grads, metrics, model_state, lr, measured=measured, value_fn=self._not_of_a_window)
+        state, _ = self.add(state, batch)
+        return self.flush(state, lr, measured=measured)
 
-    def flush(self, state: TrainState, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
+    def flush(self, state: TrainState, lr: Any, *, measured: bool) -> tuple[TrainState, Weighed]:
         """No batch: what is pending ends its window."""
         assert state.window is not None
         grads, metrics = state.window.mean()
-        grads = self._operated(state, grads, metrics)
-        arguments = (state, grads, metrics, state.model_state, lr)
+        grads, weighed = self._operated(state, grads, metrics), Weighed(metrics, state.window.weight)
+        arguments = (state, grads, weighed, state.model_state, lr)
         return self._end(*arguments, measured=measured, value_fn=self._not_of_a_window)
 
-    def window(self, state: TrainState, batches: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
+    def window(self, state: TrainState, batches: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Weighed]:
         """A whole window at once, its batches on a leading axis."""
 
         def add(state: TrainState, batch: Any) -> tuple[TrainState, None]:
@@ -213,14 +227,15 @@ class Step:
         self,
         state: TrainState,
         grads: "_Grads",
-        metrics: Metrics,
+        weighed: Weighed,
         model_state: Any,
         lr: Any,
         *,
         measured: bool,
         value_fn: Any,
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, Weighed]:
         """The state after an optimizer step with these gradients, which ends the window."""
+        metrics = weighed.metrics
         values = self.objective.by_part(metrics, state.step)
         value = metrics["loss"] if values is None else ByPart(values)
         extra = {"value": value, "value_fn": value_fn, "step": state.step}
@@ -252,7 +267,7 @@ class Step:
             pending=state.pending * 0,
             window=None,
         )
-        return ended, metrics
+        return ended, weighed._replace(metrics=metrics)
 
     def _applied(self, state: TrainState, grads: Any, lr: Any, extra: Any, *, measured: bool) -> _Stepped:
         """An optimizer step, and what is done after it."""
@@ -288,6 +303,12 @@ def _guarded(step: Callable[[], _Stepped], state: TrainState, skipped: jax.Array
 
 def _one_batch_more(state: TrainState) -> TrainState:
     return dataclasses.replace(state, batches=state.batches + 1, pending=state.pending + 1)
+
+
+def _known(weight: Any) -> Any:
+    """The weight, as what is known of it where that is all."""
+    is_known = isinstance(weight, int | float | np.number | np.ndarray)
+    return KnownWeight(float(weight)) if is_known else weight
 
 
 def _metrics(loss: Loss, total: Any) -> Metrics:

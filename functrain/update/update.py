@@ -6,64 +6,38 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from functrain.errors import UpdateError
 from functrain.optim.adoption import Adoption
-from functrain.optim.optimizer import Optimizer
 from functrain.tree.paths import PyTree
+from functrain.update.calls import Calls
 from functrain.update.checks import (
     check_context,
     check_cycle,
-    check_position,
-    check_rates,
     check_state,
     check_whole,
-    checked_count,
 )
 from functrain.update.compiling import calls_to_come, scans_to_come
 from functrain.update.configuration import written
 from functrain.update.consumed import check_not_deleted
 from functrain.update.initial import abstract_state, adopted_state, initial_state
-from functrain.update.options import Options
-from functrain.update.phases import Alternation, period
-from functrain.update.programs import Call, Programs
 from functrain.update.stages import stage_of
 from functrain.update.state import TrainState
-from functrain.update.step import Metrics, Step
-from functrain.update.turns import make_cycles, make_turn
+from functrain.update.step import Metrics
+from functrain.update.turns import apart, make_cycles, make_turn
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Update:
+class Update(Calls):
     """A compiled update, `state, metrics = update(state, batch)`; made by `make_update`.
 
     It holds options and compiled programs and nothing of a run: that is all in the `TrainState`.
     """
 
-    schedule: Alternation
-    stages: tuple[tuple[Step, ...], ...]
-    options: Options
-
-    @property
-    def optim(self) -> Optimizer:
-        """The optimizer that it was made with."""
-        return self.options.optim
-
-    @property
-    def accumulate(self) -> int:
-        """Batches in a window."""
-        return self.options.accumulate
-
     @functools.cached_property
     def configuration(self) -> str:
         """What it is made of, as JSON, for a checkpoint to be checked against."""
         return written(self.schedule, self.options)
-
-    @property
-    def cycle(self) -> int:
-        """Batches in a whole cycle of phases; without phases, or where `phase=` says whose turn it is, in a window."""
-        return self.accumulate * (len(self.schedule.cycle) if self.schedule.alternates else 1)
 
     def init(self, params: PyTree, *, key: Any = None, model_state: Any = None, copy: bool = True) -> TrainState:
         """The state before the first batch.
@@ -109,7 +83,8 @@ class Update:
         Raises:
           UpdateError: called under a trace: use `update.pure` there; or an earlier call has consumed the state.
         """
-        return self._take(state, batch, lr, measured=False)
+        state, metrics, _ = self.taken(state, batch, lr)
+        return state, metrics
 
     def measured(
         self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None
@@ -118,7 +93,8 @@ class Update:
 
         It is a program of its own, so that the steps that are not measured pay nothing. See `telemetry.by_part`.
         """
-        return self._take(state, batch, lr, measured=True)
+        state, metrics, _ = self.taken(state, batch, lr, measured=True)
+        return state, metrics
 
     def scan(
         self, state: TrainState, batches: Any, *, lr: Mapping[str, Any] | None = None, measured: bool = False
@@ -140,9 +116,8 @@ class Update:
         Raises:
           UpdateError: the leading axis is no multiple of `accumulate`, or of a cycle's batches, or a window is pending.
         """
-        check_rates(lr, self.optim.trained)
-        call, count, steps = self._scan_of(state, batches)
-        return self._programs.run(call._replace(measured=measured), state, batches, lr, batches=count, steps=steps)
+        state, metrics, _ = self.scanned(state, batches, lr, measured=measured)
+        return state, metrics
 
     def pure(self, state: TrainState, batch: Any, *, lr: Mapping[str, Any] | None = None) -> tuple[TrainState, Metrics]:
         """The update as a pure function, for a `jit`, `scan` or `vmap` of one's own.
@@ -158,8 +133,10 @@ class Update:
             check_cycle(batch, self.cycle, self._cycle_in_words)
         steps = self.stages[stage_of(self.optim, state.step, self.schedule.cycle, "pure")]
         if self.schedule.alternates:
-            return make_cycles(steps, self.schedule.cycle)(state, batch, lr)
-        return make_turn(steps, self.schedule.cycle[0])(state, batch, lr)
+            state, found = make_cycles(steps, self.schedule.cycle)(state, batch, lr)
+        else:
+            state, found = make_turn(steps, self.schedule.cycle[0])(state, batch, lr)
+        return state, apart(found)[0]
 
     def compile(
         self,
@@ -207,12 +184,8 @@ class Update:
         Returns:
           The new state, and the means over the window if it made a step, else no metrics.
         """
-        check_state(state)
-        if int(state.pending) == 0 or self.options.remainder == "carry":
-            return state, {}
-        if self.options.remainder == "drop":
-            return dataclasses.replace(state, window=None, pending=np.zeros((), np.int64)), {}
-        return self._programs.run(self.call_of(state, flushes=True), state, None, None, batches=0, steps=1)
+        state, metrics, _ = self.flushed(state)
+        return state, metrics
 
     def adopt(self, other: "Update", state: TrainState) -> tuple[TrainState, Adoption]:
         """A state for this update with what fits of another one's; see `Optimizer.adopt`.
@@ -245,43 +218,3 @@ class Update:
     def params(self, state: TrainState) -> PyTree:
         """The params of a state, with what of those given to `init` is no array; the next update consumes them."""
         return self.options.whole.tree(state.params)
-
-    # How it is compiled and called.
-
-    @property
-    def _cycle_in_words(self) -> str:
-        turns = len(self.schedule.cycle)
-        return f"accumulate={self.accumulate}" + (f", and {turns} turns in a cycle" if self.schedule.alternates else "")
-
-    def call_of(self, state: TrainState, *, flushes: bool = False) -> Call:
-        """What kind of call comes next, or what `flush` calls."""
-        check_state(state)
-        step, position, length = int(state.step), int(state.pending), self.accumulate
-        stage = self.optim.stage(step) if len(self.stages) > 1 else 0
-        if flushes:
-            return Call("flush", (self.schedule.turn(step),), stage=stage)
-        check_position(state, length)
-        kind = "last" if position + 1 == length else "middle" if position else "first"
-        return Call("whole" if length == 1 else kind, (self.schedule.turn(step),), stage=stage)
-
-    def _scan_of(self, state: TrainState, batches: Any) -> tuple[Call, int, int]:
-        """What is called to scan, how many batches it takes in, and how many steps it makes."""
-        count = checked_count(batches, self.cycle, self._cycle_in_words)
-        check_state(state)
-        check_whole(state, "scan")
-        turns = self.schedule.turns(int(state.step), count // self.accumulate)
-        stage = stage_of(self.optim, state.step, turns, "scan")
-        return Call("scan", period(turns), stage=stage), count, sum(map(len, turns))
-
-    def _take(self, state: TrainState, batch: Any, lr: Any, *, measured: bool) -> tuple[TrainState, Metrics]:
-        """Takes in one batch."""
-        call = self.call_of(state)
-        check_rates(lr, self.optim.trained)
-        if call.only_adds:
-            return self._programs.run(call, state, batch, None, batches=1, steps=0)
-        call = call._replace(measured=measured)
-        return self._programs.run(call, state, batch, lr, batches=1, steps=len(call.turns[0]))
-
-    @functools.cached_property
-    def _programs(self) -> Programs:
-        return Programs(self.schedule.phases, self.stages)
