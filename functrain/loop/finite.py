@@ -1,7 +1,7 @@
 """NaN and infinity end a run, before they are saved as good, or returned."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -55,8 +55,7 @@ def not_finite(update: Update, state: TrainState) -> NotFinite:
     split = update.optim.parts.split(state.params)
     leaves = {("params", part, path): leaf for part in update.optim.trained for path, leaf in split[part].items()}
     if state.window is not None and not update.options.skips:
-        grads = state.window.grads
-        leaves |= {("pending", part, path): leaf for part in grads for path, leaf in grads[part].items()}
+        leaves |= {("pending", part, path): leaf for part, path, leaf in _pending(update, state.window.grads)}
     leaves |= {("model_state", "", path): leaf for path, leaf in _of_model_state(state).items()}
     found = NotFinite({}, {}, [])
     for kind, part, path in _bad(leaves, _are_finite([*leaves.values()])):
@@ -65,6 +64,14 @@ def not_finite(update: Update, state: TrainState) -> NotFinite:
         else:
             getattr(found, kind).setdefault(part, []).append(path)
     return found
+
+
+def _pending(update: Update, grads: Any) -> Iterator[tuple[str, str, Any]]:
+    """Part, name and leaf of the gradients of a window, which may be those of each loss."""
+    by_loss = grads if update.options.by_loss else {"": grads}
+    for loss, split in by_loss.items():
+        for part, flat in split.items():
+            yield from ((part, f"{path} of {loss!r}" if loss else path, leaf) for path, leaf in flat.items())
 
 
 class Watch:

@@ -90,9 +90,13 @@ def _after_the_first(programs: Programs, first: Call, state: TrainState, batch: 
     def placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place, weak_type=leaf.weak_type)
 
-    grads = {
-        part: {path: placed(leaf, committed_sharding(split[part][path]) or of_others) for path, leaf in flat.items()}
-        for part, flat in window.grads.items()
-    }
+    def like(leaf: Any, param: Any) -> jax.ShapeDtypeStruct:
+        return placed(leaf, committed_sharding(param) or of_others)
+
+    def of_params(grads: Any) -> Any:
+        return {part: {path: like(leaf, split[part][path]) for path, leaf in grads[part].items()} for part in grads}
+
+    by_loss = programs.options.by_loss
+    grads = {name: of_params(each) for name, each in window.grads.items()} if by_loss else of_params(window.grads)
     metrics, weight = jax.tree.map(lambda leaf: placed(leaf, of_others), (window.metrics, window.weight))
     return dataclasses.replace(state, window=dataclasses.replace(window, grads=grads, metrics=metrics, weight=weight))

@@ -124,13 +124,15 @@ class Program:
             self._see(batch)
             with names_of_arguments(lambda: self._names(batch, lr)):
                 state, found = body(self.join(consumed, read), batch, lr)
-            leaves = packed_leaves(state)
-            return [leaves[i] for i in self._consumes], state.window, *apart(found)
+            leaves, window = packed_leaves(state), state.window
+            if window is not None and grads is not None and step.options.by_loss:
+                of_each = dict.fromkeys(window.grads, grads)
+                window = dataclasses.replace(window, grads=jax.lax.with_sharding_constraint(window.grads, of_each))
+            return [leaves[i] for i in self._consumes], window, *apart(found)
 
         run.__name__ = f"functrain_{call.kind}"
-        out_shardings = None
+        step, grads, out_shardings = steps[call.turns[0][0]], None, None
         if self.form.shardings is not None:
-            step = steps[call.turns[0][0]]
             split = step.options.optim.parts.split(self.form.field("params", self.form.shardings))
             grads = {part: split[part] for part in step.parts}
             # The names of the losses, where there are gradients of each, are not known yet.
