@@ -53,12 +53,10 @@ RATES = {
 }
 DTYPES = [
     (jnp.bfloat16, jnp.bfloat16),
-    (jnp.float16, jnp.float16),
     (jnp.bfloat16, jnp.float32),
-    (jnp.float16, jnp.float32),
     (jnp.float32, jnp.bfloat16),
-    (jnp.bfloat16, jnp.float16),
 ]
+DTYPES += [(jnp.float16, jnp.float16), (jnp.float16, jnp.float32), (jnp.bfloat16, jnp.float16)] * (SOAK > 1)
 # XLA spends less on the code of these steps, of which types are looked at and no bits.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
