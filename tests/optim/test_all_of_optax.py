@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 import pytest
+from soak import SOAK
 from trees import bits
 
 import functrain as ft
