@@ -36,7 +36,8 @@ def compile_for(
         measures = end is None or end // log.updates > run.step // log.updates
     is_cut_short = (run.reader.batches_an_epoch or 0) % run.update.accumulate > 0
     run.update.compile(run.state, batch, scan=scan, measured=measures, flush=is_cut_short, until=end)
-    if run.update.options.microbatches > 1 and len(run.compiled) == 1:
+    options = run.update.options
+    if (options.microbatches > 1 or options.per_example is not None) and len(run.compiled) == 1:
         tell_of_no_mean(run.update, run.state, jax.tree.map(lambda leaf: leaf[0], scan) if batch is None else batch)
 
 

@@ -11,6 +11,7 @@ from functrain.optim.declared import accepted
 from functrain.optim.learning_rate import rates_in
 from functrain.optim.transforms import Frozen, Transform
 from functrain.tree.partition import Partition, Split
+from functrain.tree.scalars import wrong_scalar
 from functrain.tree.selectors import non_float
 from functrain.tree.text import around_first_difference, did_you_mean, listed
 from functrain.tree.warn import warn
@@ -34,7 +35,8 @@ def check_transforms(parts: Partition, transforms: Mapping[str, Transform]) -> N
         raise OptimizerError(f"parts without a transform: {listed(missing)}; give each one, or ft.FROZEN")
     for part, tx in transforms.items():
         if not isinstance(tx, Frozen) and not (hasattr(tx, "init") and hasattr(tx, "update")):
-            raise OptimizerError(f"part {part!r}: {tx!r} is no optax transform; write e.g. optax.adam(1e-3)")
+            advice = "ft.FROZEN for a part that is not trained" if tx is None or tx == "frozen" else "optax.adam(1e-3)"
+            raise OptimizerError(f"part {part!r}: {tx!r} is no optax transform; write e.g. {advice}")
     _tell_of_shared(parts, [part for part, tx in transforms.items() if not isinstance(tx, Frozen)])
 
 
@@ -198,12 +200,10 @@ def checked_rates(
                 f"lr for part {part!r}, whose transform has no rate to set: make it with"
                 " ft.with_lr(optax.adam, 1e-3) in the place of optax.adam(1e-3)"
             )
-        if callable(rate) or rate is None or isinstance(rate, str) or jnp.shape(rate) != ():
-            is_array = hasattr(rate, "shape")
-            what = f"an array of shape {jnp.shape(rate)}" if is_array else f"of type {type(rate).__name__}"
+        if wrong := wrong_scalar(rate):
             raise OptimizerError(
-                f"lr for part {part!r} is {what}: give a scalar; a schedule goes into the transform,"
-                " ft.with_lr(optax.adam, schedule)"
+                f"lr for part {part!r} is {wrong}: give a finite number of at least 0; a schedule goes into the"
+                " transform, ft.with_lr(optax.adam, schedule)"
             )
         rates[part] = jnp.asarray(rate, jnp.float32)
     return rates

@@ -12,6 +12,7 @@ import optax
 from functrain.errors import OptimizerError
 from functrain.optim.declared import accepted
 from functrain.tree.paths import same_structure
+from functrain.tree.scalars import wrong_scalar
 
 Clock: TypeAlias = Literal["part", "run"]
 
@@ -116,6 +117,8 @@ def _check(factory: Any, lr: Any, clock: Any) -> None:
         raise OptimizerError(f"with_lr(..., clock={clock!r}): write 'part' or 'run'")
     if clock == "run" and not callable(lr):
         raise OptimizerError(f"with_lr(..., {lr!r}, clock='run'): a constant rate has no clock: leave clock= out")
+    if not callable(lr) and (wrong := wrong_scalar(lr)):
+        raise OptimizerError(f"the rate of with_lr is {wrong}: give a finite number of at least 0, or a schedule")
 
 
 def _by_the_run(update: Callable[..., Any], schedule: Any, name: str) -> Callable[..., Any]:

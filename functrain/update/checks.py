@@ -8,7 +8,8 @@ import jax
 from functrain.errors import UpdateError
 from functrain.gradients.loss import required_context
 from functrain.tree.arrays import common_length, leading_lengths
-from functrain.tree.text import listed
+from functrain.tree.scalars import wrong_scalar
+from functrain.tree.text import did_you_mean, listed
 from functrain.update.state import TrainState
 from functrain.update.surgery import Surgery
 
@@ -49,9 +50,23 @@ def check_whole(state: TrainState, where: str) -> None:
 
 
 def check_rates(lr: Mapping[str, Any] | None, trained: Sequence[str]) -> None:
-    """Raises unless the rates are by part."""
-    if lr is not None and (not isinstance(lr, Mapping) or any(part not in trained for part in lr)):
+    """Raises unless the rates are numbers by part."""
+    if lr is None:
+        return
+    check_by_part(lr, trained)
+    for part, rate in lr.items():
+        if wrong := wrong_scalar(rate):
+            raise UpdateError(f"lr for part {part!r} is {wrong}: give a finite number of at least 0")
+
+
+def check_by_part(lr: Any, trained: Sequence[str]) -> None:
+    """Raises unless rates are by part."""
+    if not isinstance(lr, Mapping):
         raise UpdateError(f"lr={lr!r}: give a rate by part, of the parts {listed(trained)}")
+    if unknown := [part for part in lr if part not in trained]:
+        raise UpdateError(
+            f"lr={lr!r}: give a rate by part, of the parts {listed(trained)}{did_you_mean(unknown, trained)}"
+        )
 
 
 def checked_count(batches: Any, cycle: int, cycle_in_words: str) -> int:

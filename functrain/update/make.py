@@ -112,6 +112,7 @@ def make_update(
         averages=averages_of(optim, ema),
         narrow=narrow_dtype(compute_dtype, cast_batch),
         surgery=None if gradients is None else Surgery(gradients),
+        per_example=per_example,
     )
     schedule = scheduled(loss_fn, optim, accumulate, route=route, loss_weights=loss_weights)
     check_per_example(per_example, optim.trained)
@@ -119,7 +120,6 @@ def make_update(
         options=options,
         cast=caster(optim.parts, compute_dtype),
         cast_batch=cast_batch,
-        per_example=per_example,
         after=after,
         audit=audit,
     )

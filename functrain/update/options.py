@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from functrain.errors import UpdateError
+from functrain.gradients.per_example import PerExample
 from functrain.optim.optimizer import Optimizer
 from functrain.tree.rest import Whole
 from functrain.update.ema import Averages
@@ -28,6 +29,7 @@ class Options:
     averages: Averages | None = None
     narrow: Any = None
     surgery: Surgery | None = None
+    per_example: PerExample | None = None
     whole: Whole
 
     def __post_init__(self) -> None:

@@ -33,10 +33,11 @@ def random(params, batch, key):
     return ft.Loss(mean(params, batch).value * jax.random.uniform(key))
 
 
-def warned(loss_fn, key=None, **options):
-    """What is said in a run of two epochs, with two slices a batch."""
+def warned(loss_fn, key=None, per_example=None, **options):
+    """What is said in a run of two epochs, with two slices a batch, or with each example by itself."""
     optim = ft.Optimizer(ft.partition(PARAMS, {"all": ...}), {"all": optax.sgd(1e-3)})
-    update = ft.make_update(loss_fn, optim, microbatches=2)
+    apart = {"microbatches": 2} if per_example is None else {"per_example": per_example}
+    update = ft.make_update(loss_fn, optim, **apart)
     data = [{"x": X, "weight": np.arange(1.0, 9.0, dtype=np.float32)}] * 2
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -59,10 +60,20 @@ def test_a_loss_that_is_no_mean_over_examples_is_told_once_with_both_values(loss
     of, name = (summed, "loss") if loss_fn is summed else (contrastive, "pairs")
     numbers = re.fullmatch(
         f"microbatches=2 computes another loss than the whole batch has: of a slice {of.__name__} returns the '{name}'"
-        " (.*), of its examples twice (.*), so that it is no mean over examples; write microbatches=1, or return a sum"
+        " (.*), of the same twice (.*), so that it is no mean over examples; write microbatches=1, or return a sum"
         r" as a mean, ft.Loss\(sum / count, weight=count\)",
         told,
     )
     losses = (of(PARAMS, {"x": examples}) for examples in (X[::2], np.concatenate([X[::2]] * 2)))
     expected = [each.value if of is summed else each["pairs"] for each in losses]
     np.testing.assert_allclose([*map(float, numbers.groups())], expected, rtol=1e-4)  # Six digits are told.
+
+
+def test_a_loss_of_pairs_of_which_each_example_is_taken_by_itself_is_told():
+    (told,) = warned(contrastive, per_example=lambda grads: grads)
+    assert "has the loss of each of the 8 examples by itself, which is not that of the batch" in told
+    assert re.search(
+        r"of one contrastive returns the 'pairs' -?0, of the same twice 0.69\d+, so that it is no mean", told
+    )
+    assert "give each example what it is compared with (its own negatives)" in told
+    assert not warned(mean, per_example=lambda grads: grads)
