@@ -1,4 +1,4 @@
-"""What `fit` costs beside a bare `for` loop, everything on; slow data that is read in advance; batches of arrays."""
+"""What `fit` costs beside a bare `for` loop, everything on; the means that it logs; slow data; batches of arrays."""
 
 import argparse
 import contextlib
@@ -6,6 +6,7 @@ import functools
 import os
 import tempfile
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import optax
 from harness import machine, measure, print_table
 
 import functrain as ft
+from functrain.loop import means as of_rows
 
 STEPS = 10_000
 BATCH = 64
@@ -58,6 +60,33 @@ def everything(params: dict, update: ft.Update, data: object, evaluation: ft.Eva
             params, update, data, evaluation=evaluation, stop=ft.EarlyStopping("valid/loss", patience=3), progress=True,
             checkpoints=ft.Checkpoints(directory, keep_best="valid/loss"), loggers=[ft.TensorBoard(directory)],
         )  # fmt: skip
+
+
+def without_means(*arguments: object, **options: object) -> object:
+    """`fit` with the last update's metrics alone in its rows."""
+
+    def add(phase: of_rows._OfPhase, metrics: dict, weight: object) -> None:
+        phase._newest = metrics
+
+    with mock.patch.object(of_rows._OfPhase, "add", add):
+        return fitted(*arguments, **options)
+
+
+def means(rounds: int) -> None:
+    """Means since the last row, of every 100 updates, to rows of the last update alone."""
+    params, update, data, _ = model(2048)
+    data = data.take(BATCH * STEPS // 10)
+    rows = [("an update takes", "unroll", "rows of the last update", "fit")]
+    for unroll in (1, 16):
+        given = (params, update, data)
+        cases = {
+            "without": functools.partial(without_means, *given, progress=False, unroll=unroll),
+            "fit": functools.partial(fitted, *given, progress=False, unroll=unroll),
+        }
+        ratios = measure(cases, rounds=3 * rounds, calls=1)
+        scale = f"{1e4 * ratios['seconds'] / STEPS:.2f} ms"
+        rows.append((scale, str(unroll), "1.000", f"{ratios['fit']:.3f}"))
+    print_table("Means since the last row", rows)
 
 
 class Slow:
@@ -143,6 +172,7 @@ def main() -> None:
         scale = f"{1e3 * ratios['seconds'] / STEPS:.2f} ms"
         rows.append((scale, "1.000", f"{ratios['fit']:.3f}", f"{ratios['everything']:.3f}"))
     print_table(f"An epoch of {STEPS:,} updates, with evaluation, checkpoints, logs, bar and early stopping", rows)
+    means(rounds)
     slow_data(rounds)
     gathering(rounds)
 

@@ -111,6 +111,33 @@ def averaging_by_hand(model: Model, decay: float) -> tuple[Any, Any]:
     return averaging, (params, (opt_state, tx.init(params)))
 
 
+def clipped(grads: Any) -> Any:
+    return optax.tree.scale(1 / jnp.maximum(1.0, optax.tree.norm(grads)), grads)
+
+
+def noisy(grads: Any, *, key: Any) -> Any:
+    return optax.tree.add_scale(grads, 0.01, optax.tree.random_like(key, grads, jax.random.normal))
+
+
+def private_by_hand(model: Model) -> tuple[Any, Any]:
+    """The same with DP-SGD: the gradients of each example, clipped, their mean, and noise."""
+    step, (params, opt_state) = hand_written(model)
+
+    def private(params: Any, state: Any, batch: Any) -> Any:
+        opt_state, key, count = state
+
+        def of_one(example: Any) -> Any:
+            loss, grads = jax.value_and_grad(model.loss)(params, jax.tree.map(lambda leaf: leaf[None], example))
+            return loss, clipped(grads)
+
+        loss, grads = jax.tree.map(lambda each: jnp.mean(each, axis=0), jax.vmap(of_one)(batch))
+        grads = noisy(grads, key=jax.random.fold_in(key, count))
+        params, opt_state, loss = step(params, opt_state, batch, grads=(loss, grads))
+        return params, (opt_state, key, count + 1), loss
+
+    return private, (params, (opt_state, jax.random.key(0), jnp.zeros((), jnp.int32)))
+
+
 def accumulated_by_hand(model: Model, times: int, length: int) -> Any:
     """A function that takes in batches in windows of a length, with a program for each position."""
     programs, given = window_by_hand(model, length)
@@ -155,10 +182,12 @@ def repeated(step: Any, state: Any, batch: Any, times: int) -> Any:
     return run
 
 
-def updated(model: Model, times: int, method: str = "__call__", *, measured_every: int = 0, **options: Any) -> Any:
+def updated(
+    model: Model, times: int, method: str = "__call__", *, measured_every: int = 0, key: Any = None, **options: Any
+) -> Any:
     """The same through `make_update`; for "scan", one call; every so many calls one that is measured."""
     update = ft.make_update(model.loss, optimizer(model), **options)
-    state = update.init(model.params)
+    state = update.init(model.params, key=key)
     call = getattr(update, method)
     batches = jax.tree.map(lambda leaf: jnp.stack([leaf] * times), model.batch)
 

@@ -18,12 +18,15 @@ from models import MODELS, Model, mlp
 from steps import (
     accumulated_by_hand,
     averaging_by_hand,
+    clipped,
     eqx_jit,
     hand_written,
     multi_transform,
     nnx_jit,
     nnx_updated,
+    noisy,
     optimizer,
+    private_by_hand,
     repeated,
     torch_adam,
     updated,
@@ -42,6 +45,7 @@ def main() -> None:
         "update": one_update,
         "many": many,
         "averages": averages,
+        "gradients": gradients,
         "others": others,
         "seeds": seeds,
         "program": programs,
@@ -106,6 +110,20 @@ def averages() -> None:
         ratios = measure({"by hand": by_hand, "update": updated(model, times, ema=0.999)}, calls=2)
         rows.append((name, f"{ratios['update']:.3f}", f"{ratios['seconds'] / times * 1e3:.2f} ms"))
     print_table("Averages of all parameters: one update, time as a ratio to the same written by hand", rows)
+
+
+def gradients() -> None:
+    rows = [("model", "gradients=", "DP-SGD")]
+    for name in ("MLP", TINY, "transformer, 64 wide"):
+        model = MODELS[name]()
+        identity = {"plain": updated(model, 16), "given": updated(model, 16, gradients=lambda grads: grads)}
+        private = {
+            "by hand": repeated(*private_by_hand(model), model.batch, 16),
+            "update": updated(model, 16, per_example=clipped, gradients=noisy, key=jax.random.key(0)),
+        }
+        figures = measure(identity, calls=2)["given"], measure(private, calls=2, rounds=15)["update"]
+        rows.append((name, *(f"{figure:.3f}" for figure in figures)))
+    print_table("A place for gradients: time as a ratio to the update without it, and to DP-SGD by hand", rows)
 
 
 def others() -> None:

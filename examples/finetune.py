@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return ft.Evaluation(loss_fn, [data])(params)["accuracy"]
 
     def batches(data, seed):
-        return ft.from_arrays(data, batch_size=32, seed=seed)
+        return ft.from_arrays(data, batch_size=32, seed=seed, last="drop")
 
     results = {}
 

@@ -60,7 +60,7 @@ def main() -> None:
     images, rows = np.float32(digits.images / 16)[..., None], np.random.default_rng(0).permutation(1797)
     splits = np.split(rows, [1293, 1437])
     train, valid, test = ({"image": images[some], "label": digits.target[some]} for some in splits)
-    train = ft.from_arrays(train, BATCH, seed=args.seed)
+    train = ft.from_arrays(train, BATCH, seed=args.seed, last="drop")
     valid, test = (ft.from_arrays(each, 100, shuffle=False) for each in (valid, test))
 
     graphdef, params = nnx.split(Model(nnx.Rngs(args.seed)))

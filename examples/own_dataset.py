@@ -57,7 +57,7 @@ def load(data_dir: str | None = None, *, seed: int = 0):
     builder = FunctrainDigits(data_dir=data_dir, file_format="array_record")  # The format that can be read at random.
     tfds.disable_progress_bar()
     return {
-        "train": ft.from_tfds(builder, "train[:90%]", 32, seed=seed),
+        "train": ft.from_tfds(builder, "train[:90%]", 32, seed=seed, last="drop"),
         "validation": ft.from_tfds(builder, "train[90%:]", 32, shuffle=False),
         "test": ft.from_tfds(builder, "test", 32, shuffle=False),
     }

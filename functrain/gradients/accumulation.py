@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from functrain.errors import AccumulationError
 from functrain.gradients.loss import check_weight
 from functrain.tree.paths import PyTree, flatten, structure_difference
-from functrain.tree.text import listed
 
 
 @jax.tree_util.register_dataclass
@@ -58,13 +57,14 @@ def accumulate(acc: Accumulated | None, grads: PyTree, *, weight: Any = 1) -> Ac
 
     Args:
       acc: what has been accumulated; None for the first batch of a window, which then costs no addition.
-      grads: any pytree. For a dict, such as split gradients, each part has its own weight, and a part that is not given
-        keeps its sum.
+      grads: any pytree. For a dict, such as split gradients, each part has its own weight, a part that is not given
+        keeps its sum, and one that comes for the first time begins with this batch. What a `scan` carries can't grow:
+        begin it with `zeros` of all parts.
       weight: a scalar >= 0: the number of examples or tokens that the gradients are a mean over (`loss.weight`). A
         batch of weight 0 adds nothing, even if its gradients are NaN.
 
     Raises:
-      AccumulationError: the gradients are of another structure or other shapes, or hold a part that `acc` does not.
+      AccumulationError: the gradients are of another structure or other shapes.
       LossError: the weight is no scalar, or known to be negative.
     """
     check_weight(weight)
@@ -105,15 +105,11 @@ def _weighted(grad: Any, weight: Any) -> jax.Array:
 def _added(acc: Accumulated, new: Accumulated) -> Accumulated:
     if not isinstance(new.sums, dict) or not isinstance(acc.sums, dict):
         return Accumulated(_add(acc.sums, new.sums), acc.weights + new.weights)
-    if unknown := [part for part in new.sums if part not in acc.sums]:
-        raise AccumulationError(
-            f"the gradients have {listed(unknown)}, not in the accumulator: it holds {listed(acc.sums)};"
-            " start it with ft.zeros() of all the parts that will be added"
-        )
-    sums, weights = dict(acc.sums), dict(acc.weights)
+    sums, weights = acc.sums | new.sums, acc.weights | new.weights
     for part in new.sums:
-        sums[part] = _add(acc.sums[part], new.sums[part], f" of part {part!r}")
-        weights[part] = acc.weights[part] + new.weights[part]
+        if part in acc.sums:
+            sums[part] = _add(acc.sums[part], new.sums[part], f" of part {part!r}")
+            weights[part] = acc.weights[part] + new.weights[part]
     return Accumulated(sums, weights)
 
 

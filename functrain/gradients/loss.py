@@ -76,7 +76,13 @@ def make_losses(loss_fn: Callable[..., Any]) -> Callable[..., tuple[dict[str, An
             raise LossError(f"{name_of(loss_fn)} declares {listed(absent)}: call train_step(..., {absent[0]}=...)")
         # Flax NNX refuses Variables that were made outside of the function that is differentiated.
         inner = {name: jax.tree.map(lambda leaf: leaf, value) for name, value in given.items()}
-        loss = _completed(loss_fn(params, batch, **inner), loss_fn, context.model_state)
+        try:
+            returned = loss_fn(params, batch, **inner)
+        except Exception as error:
+            if type(error).__name__ == "TraceContextError":  # Of Flax, which need not be installed.
+                raise _of_another_trace(error, loss_fn) from error
+            raise
+        loss = _completed(returned, loss_fn, context.model_state)
         return {name: jnp.asarray(value) for name, value in loss.values.items()}, loss
 
     return losses
@@ -128,6 +134,17 @@ def _completed(returned: Any, loss_fn: Callable[..., Any], model_state: Any) -> 
             raise LossError(f"{what} {jnp.result_type(value)}: a loss must be a real floating-point scalar")
     check_weight(loss.weight)
     return loss if loss.model_state is not None else dataclasses.replace(loss, model_state=model_state)
+
+
+def _of_another_trace(error: Exception, loss_fn: Callable[..., Any]) -> LossError:
+    """What to write where a loss function changes Variables of Flax NNX that were made outside of it."""
+    return LossError(
+        f"{name_of(loss_fn)} changes what was made outside of it (Flax: {str(error).partition(' (http')[0]}), such as a"
+        " model that it closes over. Split it outside, graphdef, params, rest = nnx.split(model, nnx.Param, ...), and"
+        " give update.init(params, model_state=rest); in loss_fn(params, batch, model_state) write model ="
+        " nnx.merge(graphdef, params, model_state), and return ft.Loss(value, model_state=nnx.state(model,"
+        " nnx.Not(nnx.Param)))"
+    )
 
 
 def check_weight(weight: Any) -> None:

@@ -1,11 +1,13 @@
 """Which losses each part learns from, and with which weights."""
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from functrain.errors import LossError
+from functrain.tree.scalars import wrong_scalar
 from functrain.tree.text import listed
 
 Weight = float | Callable[[Any], Any]
@@ -36,6 +38,7 @@ def normalised(route: Route, parts: Sequence[str]) -> dict[str, dict[str, Weight
     for part, losses in route.items():
         names = [losses] if isinstance(losses, str) else losses
         full[part] = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+        check_weights(full[part], f"route of part {part!r}")
     return full
 
 
@@ -46,6 +49,7 @@ def weights_of_sum(losses: Sequence[str], loss_weights: Mapping[str, Weight]) ->
       LossError: a loss is named that was not returned.
     """
     _check_returned(loss_weights, losses, "loss_weights")
+    check_weights(loss_weights, "loss_weights")
     return {name: loss_weights.get(name, 1.0) for name in losses}
 
 
@@ -80,6 +84,13 @@ def weighted_sum(values: Mapping[str, Any], weights: Mapping[str, Weight], step:
         is_one = isinstance(factor, int | float) and factor == 1
         terms.append(values[name] if is_one else factor * values[name])
     return functools.reduce(operator.add, terms)
+
+
+def check_weights(weights: Mapping[str, Weight], what: str) -> None:
+    """Raises for a weight that is neither a finite number nor a schedule."""
+    for name, weight in weights.items():
+        if not callable(weight) and (wrong := wrong_scalar(weight, least=-math.inf)):
+            raise LossError(f"{what}: the weight of the loss {name!r} is {wrong}: give a finite number, or a schedule")
 
 
 def _check_returned(named: Mapping[str, Any], losses: Sequence[str], what: str) -> None:

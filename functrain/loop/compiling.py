@@ -7,12 +7,15 @@ import jax
 
 from functrain.loop.every import Every
 from functrain.loop.run import Run
+from functrain.loop.slices import tell_of_no_mean
 
 
 def compile_for(
     run: Run, *, log: Every, epochs: int | None, steps: int | None, batch: Any = None, scan: Any = None
 ) -> None:
     """Compiles what calls with such a batch will run, and returns when all of it is there; once for each kind of call.
+
+    With the first it is found out whether microbatches have the loss of the whole batch.
 
     Args:
       run: where it stands.
@@ -33,6 +36,9 @@ def compile_for(
         measures = end is None or end // log.updates > run.step // log.updates
     is_cut_short = (run.reader.batches_an_epoch or 0) % run.update.accumulate > 0
     run.update.compile(run.state, batch, scan=scan, measured=measures, flush=is_cut_short, until=end)
+    options = run.update.options
+    if (options.microbatches > 1 or options.per_example is not None) and len(run.compiled) == 1:
+        tell_of_no_mean(run.update, run.state, jax.tree.map(lambda leaf: leaf[0], scan) if batch is None else batch)
 
 
 def _most_steps(run: Run, *, epochs: int | None, steps: int | None) -> int | None:

@@ -1,7 +1,7 @@
 """NaN and infinity end a run, before they are saved as good, or returned."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import NonFiniteError
-from functrain.loop.warn import warn
 from functrain.tree.paths import flatten
 from functrain.tree.text import listed
+from functrain.tree.warn import warn
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 
@@ -55,8 +55,7 @@ def not_finite(update: Update, state: TrainState) -> NotFinite:
     split = update.optim.parts.split(state.params)
     leaves = {("params", part, path): leaf for part in update.optim.trained for path, leaf in split[part].items()}
     if state.window is not None and not update.options.skips:
-        grads = state.window.grads
-        leaves |= {("pending", part, path): leaf for part in grads for path, leaf in grads[part].items()}
+        leaves |= {("pending", part, path): leaf for part, path, leaf in _pending(update, state.window.grads)}
     leaves |= {("model_state", "", path): leaf for path, leaf in _of_model_state(state).items()}
     found = NotFinite({}, {}, [])
     for kind, part, path in _bad(leaves, _are_finite([*leaves.values()])):
@@ -65,6 +64,14 @@ def not_finite(update: Update, state: TrainState) -> NotFinite:
         else:
             getattr(found, kind).setdefault(part, []).append(path)
     return found
+
+
+def _pending(update: Update, grads: Any) -> Iterator[tuple[str, str, Any]]:
+    """Part, name and leaf of the gradients of a window, which may be those of each loss."""
+    by_loss = grads if update.options.by_loss else {"": grads}
+    for loss, split in by_loss.items():
+        for part, flat in split.items():
+            yield from ((part, f"{path} of {loss!r}" if loss else path, leaf) for path, leaf in flat.items())
 
 
 class Watch:
@@ -96,23 +103,15 @@ class Watch:
             # Not fetched before something is wrong: nothing waits for the device.
             self._at_first = [*leaves], _are_finite([*leaves.values()])
 
-    def check_logged(self, state: TrainState, row: Mapping[str, Any], last_sound: LastSound) -> None:
-        """Raises for a state that is not finite, and for a loss, unless such updates are left out.
-
-        Raises:
-          NonFiniteError: names the losses, what of the state is not finite, and the last sound checkpoint.
-        """
-        self._check(state, row, last_sound)
-
-    def check(self, state: TrainState, metrics: Mapping[str, Any], last_sound: LastSound) -> None:
-        """Raises for a state that must not be saved or returned; the metrics are those of the update before.
+    def check(self, state: TrainState, losses: Callable[[], Mapping[str, Any]], last_sound: LastSound) -> None:
+        """Raises for a state that must not be saved or returned; the losses are asked for unless it was looked at.
 
         Raises:
           NonFiniteError: a loss, a trained parameter, a gradient of a pending window, or a leaf of the model state is
             not finite.
         """
         if self._sound() is not state:
-            self._check(state, losses_of(metrics), last_sound)
+            self._check(state, losses(), last_sound)
 
     def tell_results(self, step: int, results: Mapping[str, Any]) -> None:
         """Warns of results of an evaluation that are not finite, once of each name."""

@@ -27,6 +27,8 @@ from functrain.loop.run import Run
 from functrain.loop.saving import Rates, Saver
 from functrain.loop.signals import StopSignals
 from functrain.loop.training import Plan, train
+from functrain.update.consumed import check_not_deleted
+from functrain.update.packed import as_it_was
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 
@@ -65,6 +67,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     loggers: Sequence[Logger] = (),
     log: Every | None = None,
+    log_last: bool = False,
     progress: bool | None = None,
     stop: EarlyStopping | None = None,
     hooks: Sequence[Hook] = (),
@@ -103,8 +106,9 @@ def fit(
       evaluation: one, or several with different names.
       checkpoints: where to save, how often, and what to keep. A log in JSON lines is kept beside them.
       loggers: more places for the numbers.
-      log: how often to log, by default every 100 updates; the last step of every epoch is logged too. What is not
-        logged is not read from the device.
+      log: how often to log, by default every 100 updates; the last step of every epoch is logged too. What is logged
+        of the updates are weighted means since the last row, summed on the device, which is not read in between.
+      log_last: log the metrics of the last update alone as well, under "train/last".
       progress: a progress bar; by default where there is a terminal, and where there is none a line at each evaluation
         and at each epoch's end; False for neither.
       stop: when to stop early.
@@ -137,6 +141,7 @@ def fit(
       SaveError: the last save of the run failed.
       NonFiniteError: a loss, a parameter or model state is NaN or infinite, at a log, an evaluation, an epoch's end, a
         save, or the end of the run.
+      UpdateError: an update has consumed the state, and there is no checkpoint to go on from.
       SystemExit: 143 or 130 after SIGTERM or SIGINT: the update was finished and saved, data was not waited for.
     """
     check_given(locals())
@@ -148,13 +153,13 @@ def fit(
         unroll=unroll,
         sharding=sharding,
         log=log,
-        rows=_rows(loggers, checkpoints),
+        rows=_rows(loggers, checkpoints, log_last=log_last),
         hooks=all_hooks,
         evaluations=_evaluations(evaluation, update, sharding),
         saver=Saver(checkpoints, all_hooks, rates) if checkpoints else None,
         load_best_on_end=load_best_on_end,
     )
-    check_results(plan.evaluations, watching, plan.kept_best, state)
+    check_results(plan.evaluations, watching, plan.kept_best, as_it_was(state))
     run = _run(update, state, data, plan, prefetch, compilation_cache)
     with StopSignals() as signals, contextlib.ExitStack() as stack:
         _begin(run, plan, stack, regroup=regroup, fresh=fresh)
@@ -173,6 +178,7 @@ def _run(
     keep_programs(compilation_cache)
     # What is read in advance goes to the device at once, but for a scan, which stacks it first.
     place = functools.partial(put_ahead, sharding=plan.sharding) if plan.unroll == 1 else None
+    state = as_it_was(state)  # Where there is a checkpoint, the run goes on from that.
     return Run(update, state, Reader(data, prefetch, place), plan.rows.add)
 
 
@@ -185,6 +191,8 @@ def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, 
     if fresh:
         _start_anew(plan.saver.checkpoints if plan.saver else None)
     restored = plan.saver.restore(run, regroup=regroup) if plan.saver else None
+    if restored is None:
+        check_not_deleted(jax.tree.leaves(run.state))
     _tell_regrouped(restored)
     plan.rows.resume(run, is_restored=restored is not None)
 
@@ -243,12 +251,12 @@ def _tell_regrouped(restored: Restored | None) -> None:
         print(restored.report)
 
 
-def _rows(loggers: Sequence[Logger], checkpoints: Checkpoints | None) -> Rows:
+def _rows(loggers: Sequence[Logger], checkpoints: Checkpoints | None, *, log_last: bool) -> Rows:
     """Where numbers go: the first process writes them, to a log beside the checkpoints too; all find them there."""
     path = checkpoints.directory / _LOG if checkpoints else None
     # It says what a run that goes on has logged: last, so that no other logger lacks what it has.
     of_first = [*loggers, *([] if path is None else [JsonLines(path)])]
-    return Rows([] if jax.process_index() else of_first, path)
+    return Rows([] if jax.process_index() else of_first, path, log_last=log_last)
 
 
 def _evaluations(

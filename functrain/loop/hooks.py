@@ -9,8 +9,8 @@ from typing import Any
 from functrain.errors import FitError
 from functrain.loop.checkpoint.retention import Mode, mode_of
 from functrain.loop.run import Run
-from functrain.loop.warn import warn
 from functrain.tree.text import listed
+from functrain.tree.warn import warn
 
 _EVENT = re.compile("(on|before|after)_.*|[^_].*_(start|started|begin|began|end|ended|save|saved)")
 

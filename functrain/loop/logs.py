@@ -20,7 +20,7 @@ from functrain.errors import LogError
 from functrain.loop.appending import Appending
 from functrain.loop.lines import NON_FINITE, SPELLED, lines_of
 from functrain.loop.names import named_values
-from functrain.loop.warn import warn
+from functrain.tree.warn import warn
 
 _MOST_ELEMENTS = 16
 

@@ -59,13 +59,16 @@ def _lines(run: Run) -> Callable[[], None]:
 def _numbers(run: Run) -> str:
     """The losses of training that were logged at this step, and the results of the evaluations that just ended."""
     found: dict[str, float] = {}
+    of: dict[str, int] = {}  # Updates in a mean.
     for row in reversed(run.history):
         if row["step"] != run.step:
             break
         found |= {name: value for name, value in row.items() if name.startswith("train/") and name.endswith("loss")}
+        of |= {name: count for name in found if (count := row.get(f"{name.rpartition('/')[0]}/mean_of_updates"))}
     found |= {name: value for name, value in run.evaluated.items() if np.ndim(value) == 0}
-    shown = [f"{name} {value:.4g}" for name, value in [*found.items()][:_MOST] if isinstance(value, float | int)]
-    return ", ".join(shown) or "nothing logged"
+    shown = {name: f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float | int)}
+    said = [f"{text} (mean of {of[name]})" if name in of else text for name, text in shown.items()]
+    return ", ".join(said[:_MOST]) or "nothing logged"
 
 
 def _total(run: Run, epochs: int | None, data: Any) -> int | None:

@@ -10,8 +10,8 @@ from functrain.errors import FitError
 from functrain.loop.batches import are_alike
 from functrain.loop.prefetch import Prefetched
 from functrain.loop.tensors import arrays_of
-from functrain.loop.warn import warn
 from functrain.loop.workers import Workers
+from functrain.tree.warn import warn
 
 _END = object()
 

@@ -8,7 +8,7 @@ from functrain.loop.every import Moment
 from functrain.loop.logs import Logger, flattened, read_json_lines
 from functrain.loop.run import Run
 from functrain.loop.unfailing import Unfailing
-from functrain.loop.warn import warn
+from functrain.tree.warn import warn
 
 
 class Rows:
@@ -17,10 +17,11 @@ class Rows:
     Args:
       loggers: where they go.
       path: the file of JSON lines in which a run that goes on finds its history; None without one.
+      log_last: the metrics of the last update alone are written too.
     """
 
-    def __init__(self, loggers: Sequence[Logger], path: Path | None) -> None:
-        self._path = path
+    def __init__(self, loggers: Sequence[Logger], path: Path | None, *, log_last: bool) -> None:
+        self._path, self._log_last = path, log_last
         self._loggers = [Unfailing(logger) for logger in loggers]
         self._since, self._trained = Moment(), -1
         self._written: set[tuple[Any, ...]] = set()
@@ -50,8 +51,10 @@ class Rows:
             logger.log(run.step, {name: value for name, value in row.items() if name != "step"})
 
     def training(self, run: Run, now: Moment) -> dict[str, float]:
-        """The numbers of training up to now: the newest metrics, speed, hyperparameters."""
-        row = flattened({"train": run.newest_metrics()})
+        """The numbers of training since the last row: means, speed, hyperparameters; the last update's if asked for."""
+        last = run.means.alone() if self._log_last else {}
+        row = {f"train/{name}": value for name, value in run.means.row().items()}
+        row |= {f"train/last/{name}": value for name, value in last.items()}
         if (elapsed := now.seconds - self._since.seconds) > 0:
             row["train/steps_per_second"] = (now.step - self._since.step) / elapsed
         optim = run.update.optim

@@ -4,10 +4,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
+import numpy as np
 
 from functrain.loop.every import Moment
-from functrain.loop.finite import Watch
+from functrain.loop.finite import LastSound, Watch, is_loss, losses_of
+from functrain.loop.means import Means
 from functrain.loop.reader import Reader
 from functrain.update.state import TrainState
 from functrain.update.update import Update
@@ -24,6 +25,7 @@ class Run:
       step: finished optimizer steps.
       epoch: finished epochs.
       metrics: the last update's, on the device until something reads them.
+      means: those of all updates since the last row.
       results: the newest results of each evaluation, by name: "valid/loss".
       evaluated: the results of the evaluations that ended just now.
       history: the rows that were logged.
@@ -44,9 +46,7 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.stopped: str | None = None
         self.compiled: set[str] = set()
-        self._has_phases = any(phase.name for phase in update.schedule.phases)
-        self._newest: dict[str, tuple[Any, bool]] = {}  # By phase, and whether they are of several updates.
-        self._saved: dict[str, float] = {}  # What a checkpoint has of phases that have not come since.
+        self.means = Means([phase.name for phase in update.schedule.phases])
         self._began = time.monotonic()
         self.done_until = self.now
 
@@ -67,38 +67,40 @@ class Run:
         """Where the run stands."""
         return Moment(self.step, self.epoch, time.monotonic() - self._began)
 
-    def take(self, state: TrainState, metrics: dict[str, Any], *, stacked: bool = False) -> bool:
-        """Takes in what an update returned; says whether it made a step. Stacked: of several, on a leading axis."""
+    def take(self, state: TrainState, metrics: dict[str, Any], weights: Any) -> bool:
+        """Takes in what an update returned; says whether it made a step."""
         before, self.state, self.step = self.step, state, int(state.step)
         if metrics:
             self.metrics = metrics
-            for name, of_phase in (metrics if self._has_phases else {"": metrics}).items():
-                self._newest[name] = of_phase, stacked
-                self._saved = {key: value for key, value in self._saved.items() if not key.startswith(f"{name}/")}
+            if self.step != before:
+                self.means.add(metrics, weights)
         return self.step != before
 
-    def newest_metrics(self) -> dict[str, Any]:
-        """The metrics of the last update, of every phase of the last one in which it stepped, by name."""
-        last: dict[str, Any] = {
-            name: jax.tree.map(lambda leaf: leaf[-1], metrics) if stacked else metrics
-            for name, (metrics, stacked) in self._newest.items()
-        }
-        return {**(self._saved if self._has_phases or not last else {}), **last.get("", last)}
+    def check(self, last_sound: LastSound) -> None:
+        """Raises for a state that must not be saved or returned, and for a loss since the last row.
 
-    def all_metrics(self) -> dict[str, Any]:
-        """As `newest_metrics`, and of several updates in one those of all."""
-        newest: dict[str, Any] = {name: metrics for name, (metrics, _) in self._newest.items()}
-        return dict(newest.get("", newest))
+        Raises:
+          NonFiniteError: of either something is not finite.
+        """
+        self.watch.check(self.state, self._losses, last_sound)
+
+    def _losses(self) -> dict[str, Any]:
+        """The losses of the last update, of a batch within a window too, and means since the last row."""
+        means = {f"train/{name}": mean for name, mean in self.means.so_far().items() if is_loss(name)}
+        # A mean that is finite says less than the last loss, which may weigh nothing.
+        return losses_of(self.metrics) | {name: mean for name, mean in means.items() if not np.all(np.isfinite(mean))}
 
     def end_epoch(self) -> None:
         """Flushes the window that is left, and counts the epoch."""
         self.reader.end_epoch()
-        self.take(*self.update.flush(self.state))
+        self.take(*self.update.flushed(self.state))
         self.epoch += 1
 
-    def go_on(self, *, epoch: int, seconds: float, results: dict[str, Any], metrics: dict[str, Any]) -> None:
+    def go_on(
+        self, *, epoch: int, seconds: float, results: dict[str, Any], metrics: dict[str, Any], means: dict[str, Any]
+    ) -> None:
         """Stands where it stood when it was saved."""
         self.step, self.epoch, self.results, self.metrics = int(self.state.step), epoch, results, metrics
-        self._saved = metrics
+        self.means.load(means, metrics)
         self._began -= seconds
         self.done_until = self.now

@@ -13,10 +13,10 @@ from functrain.errors import SaveError
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.hooks import Hooks
-from functrain.loop.logs import flattened
 from functrain.loop.run import Run
-from functrain.loop.warn import warn
 from functrain.optim.held import RATE, settings_in
+from functrain.tree.warn import warn
+from functrain.update.consumed import check_not_deleted
 from functrain.update.state import TrainState
 
 Rates: TypeAlias = Literal["program", "checkpoint"]
@@ -50,14 +50,15 @@ class Saver:
         """
         if self._saved == _counters(run):
             return
-        run.watch.check(run.state, run.all_metrics(), self.last_sound)
+        run.check(self.last_sound)
         extra = {
             "epoch": run.epoch,
             "read": run.reader.read,
             "seconds": run.now.seconds,
             "results": {name: _written(value) for name, value in run.results.items() if _is_numeric(value)},
-            # Without an update after it, an epoch's end logs those of the update before it.
-            "metrics": flattened(run.newest_metrics()),
+            # The next row is of the updates before it, too.
+            "metrics": run.means.last(),
+            "means": run.means.state(),
             "hooks": self._hooks.states(),
             "rates": {part: value for (part, name), value in self._taken.items() if name == RATE},
             "hyperparameters": [[*which, value] for which, value in self._taken.items() if which[1] != RATE],
@@ -84,6 +85,7 @@ class Saver:
             seconds=extra["seconds"],
             results={name: _taken_back(value) for name, value in extra["results"].items()},
             metrics=dict(extra.get("metrics", {})),
+            means=dict(extra.get("means", {})),
         )
         run.reader.resume(restored.data, extra["read"])
         self._hooks.load(extra["hooks"])
@@ -178,11 +180,13 @@ def _told(part: str, name: str, value: float, given: float, *, taken: bool, know
 
 
 def _constants(state: TrainState) -> Constants:
-    return {
-        (part, name): float(value)
+    found = {
+        (part, name): value
         for part, opt_state in state.opt_state.items()
         for name, value in settings_in(opt_state).items()
     }
+    check_not_deleted([*found.values()])
+    return {which: float(value) for which, value in found.items()}
 
 
 def _said_before(extra: Mapping[str, Any]) -> Constants:

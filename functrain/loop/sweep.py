@@ -17,7 +17,8 @@ from functrain.loop.given import check_data
 from functrain.loop.reader import Reader
 from functrain.tree.paths import flatten
 from functrain.tree.text import listed
-from functrain.update.checks import check_not_deleted, check_rates, check_state
+from functrain.update.checks import check_by_part, check_state
+from functrain.update.consumed import check_not_deleted
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 
@@ -201,10 +202,10 @@ def _is_diverged(means: Sequence[float]) -> bool:
 
 
 def _check_ranges(update: Update, rates: Any) -> None:
-    check_rates(rates, update.optim.trained)
     example = f"{{{update.optim.trained[0]!r}: (1e-6, 1e-1)}}"
     if not rates:
         raise FitError(f"a sweep of no rates: give the first and the last of a part, {example}")
+    check_by_part(rates, update.optim.trained)
     for part, ends in rates.items():
         is_pair = isinstance(ends, tuple | list) and len(ends) == 2 and all(isinstance(end, Real) for end in ends)
         if not is_pair or not 0 < ends[0] < ends[1] < math.inf:

@@ -95,12 +95,10 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
         logs = run.metrics and (plan.log.due(before, now) or (ends_epoch and not plan.rows.has_training(run)))
         evaluations = [evaluation for evaluation in plan.evaluations if evaluation.every.due(before, now)]
         saves = saver is not None and saver.checkpoints.every.due(before, now)
+        if logs or evaluations or ends_epoch:
+            run.check(last_sound)
         if logs:
-            row = plan.rows.training(run, now)
-            run.watch.check_logged(run.state, row, last_sound)
-            plan.rows.add(run, row)
-        if evaluations or ends_epoch:
-            run.watch.check(run.state, run.all_metrics(), last_sound)
+            plan.rows.add(run, plan.rows.training(run, now))
         if evaluations:
             _evaluate(run, plan, evaluations)
         if ends_epoch:
@@ -109,7 +107,7 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
             plan.rows.flush()
             saver.save(run)
         show()
-    run.watch.check(run.state, run.all_metrics(), last_sound)
+    run.check(last_sound)
     if saver:
         plan.rows.flush()
         saver.save(run)
@@ -167,12 +165,12 @@ def _update(run: Run, plan: Plan, batches: Sequence[object]) -> bool:
         compile_first(scan=stacked)
         turns = update.schedule.turns(run.step, len(batches) // update.accumulate)
         is_measured = _will_log(run, plan, turns)
-        return run.take(*update.scan(state, stacked, measured=is_measured), stacked=True)
+        return run.take(*update.scanned(state, stacked, measured=is_measured))
     batch = put(batches[0], plan.sharding)
     compile_first(batch=batch)
     ends_window = int(state.pending) + 1 == update.accumulate
     is_measured = ends_window and _will_log(run, plan, [update.schedule.turn(run.step)])
-    return run.take(*(update.measured if is_measured else update)(state, batch))
+    return run.take(*update.taken(state, batch, measured=is_measured))
 
 
 def _will_log(run: Run, plan: Plan, turns: Sequence[Turn]) -> bool:

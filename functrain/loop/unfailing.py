@@ -6,7 +6,7 @@ from typing import Any
 
 from functrain.errors import LogError
 from functrain.loop.logs import Logger
-from functrain.loop.warn import warn
+from functrain.tree.warn import warn
 
 
 class Unfailing:

@@ -1,5 +1,6 @@
 """What an optimizer refuses: each check is a function of what was given, and its error says what to write instead."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,14 +12,16 @@ from functrain.optim.declared import accepted
 from functrain.optim.held import RATE, held_in, hyperparameters_in, settings_in
 from functrain.optim.transforms import Frozen, Transform, state_name
 from functrain.tree.partition import Partition, Split
+from functrain.tree.scalars import wrong_scalar
 from functrain.tree.selectors import non_float
 from functrain.tree.text import around_first_difference, did_you_mean, listed
+from functrain.tree.warn import warn
 
 _HINT = "split gradients come from make_train_step(loss_fn, parts, wrt=optim.trained) or parts.split(grads)"
 
 
 def check_transforms(parts: Partition, transforms: Mapping[str, Transform]) -> None:
-    """Raises unless every part has one transform."""
+    """Raises unless every part has one transform; warns of arrays at several trained paths."""
     if not isinstance(parts, Partition) or not isinstance(transforms, Mapping):
         raise OptimizerError(
             "Optimizer(parts, transforms) takes an ft.partition(...) and a dict of a transform for each part, not"
@@ -33,7 +36,24 @@ def check_transforms(parts: Partition, transforms: Mapping[str, Transform]) -> N
         raise OptimizerError(f"parts without a transform: {listed(missing)}; give each one, or ft.FROZEN")
     for part, tx in transforms.items():
         if not isinstance(tx, Frozen) and not (hasattr(tx, "init") and hasattr(tx, "update")):
-            raise OptimizerError(f"part {part!r}: {tx!r} is no optax transform; write e.g. optax.adam(1e-3)")
+            advice = "ft.FROZEN for a part that is not trained" if tx is None or tx == "frozen" else "optax.adam(1e-3)"
+            raise OptimizerError(f"part {part!r}: {tx!r} is no optax transform; write e.g. {advice}")
+    _tell_of_shared(parts, [part for part, tx in transforms.items() if not isinstance(tx, Frozen)])
+
+
+def _tell_of_shared(parts: Partition, trained: Sequence[str]) -> None:
+    """Warns of arrays at several trained paths; one that is frozen at the others, as a target network is, is meant."""
+    of_trained = {path for part in trained for path in parts.paths(part)}
+    groups = [each for paths in parts.shared if len(each := [path for path in paths if path in of_trained]) > 1]
+    if groups:
+        shown = "; ".join(" and ".join(map(repr, group[:4])) for group in groups[:3])
+        arrays = "one array" if len(groups) == 1 else f"{len(groups):,} arrays"
+        more = f" and {len(groups) - 3:,} more" if len(groups) > 3 else ""
+        warn(
+            f"{sum(map(len, groups)):,} trained leaves are {arrays} ({shown}{more}), but parameters of their own, which"
+            " drift apart from the first step on: to tie them, keep one and use it twice in the model; if they are"
+            " meant to differ, copy one"
+        )
 
 
 def check_joins(frozen_until: Mapping[str, int], transforms: Mapping[str, Transform], trained: Sequence[str]) -> None:
@@ -273,11 +293,11 @@ def _check_held(
 
 
 def _checked_scalar(value: Any, part: str, name: str, given: str) -> jax.Array:
-    if callable(value) or value is None or isinstance(value, str | Mapping) or jnp.shape(value) != ():
-        what = f"an array of shape {jnp.shape(value)}" if hasattr(value, "shape") else f"of type {type(value).__name__}"
+    if wrong := wrong_scalar(value, least=0.0 if name == RATE else -math.inf):
         where = "ft.with_lr(optax.adam, schedule)" if given == "lr" else f"ft.with_state(optax.adamw, {name}=schedule)"
         of = f"part {part!r}" if given == "lr" else f"{name!r} of part {part!r}"
-        raise OptimizerError(f"{given} for {of} is {what}: give a scalar; a schedule goes into the transform, {where}")
+        number = "a finite number of at least 0" if name == RATE else "a finite number"
+        raise OptimizerError(f"{given} for {of} is {wrong}: give {number}; a schedule goes into the transform, {where}")
     return jnp.asarray(value, jnp.float32)
 
 

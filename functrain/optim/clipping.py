@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from functrain.errors import OptimizerError
 from functrain.tree.arrays import global_norm
 from functrain.tree.partition import Split
+from functrain.tree.scalars import wrong_scalar
 from functrain.tree.text import listed
 
 By: TypeAlias = Literal["all", "part", "tensor"]
@@ -28,7 +29,7 @@ def checked_norms(clip_norm: Norms | None, clip_by: By | None, trained: Sequence
             raise OptimizerError(f"clip_by={clip_by!r} clips to no norm: add clip_norm=1.0, or leave it out")
         return {}, "all"
     if not isinstance(clip_norm, Mapping):
-        _check_norm(clip_norm, f"clip_norm={clip_norm}")
+        _check_norm(clip_norm, f"clip_norm={clip_norm!r}")
         return dict.fromkeys(trained, clip_norm), clip_by or "all"
     if clip_by == "all":
         raise OptimizerError("clip_by='all' is one norm of all parts: write clip_norm=1.0, or clip_by='part'")
@@ -37,7 +38,7 @@ def checked_norms(clip_norm: Norms | None, clip_by: By | None, trained: Sequence
             f"clip_norm for {listed(unknown)}, which is frozen or unknown: the trained parts are {listed(trained, 30)}"
         )
     for part, norm in clip_norm.items():
-        _check_norm(norm, f"clip_norm of part {part!r} is {norm}")
+        _check_norm(norm, f"clip_norm of part {part!r} is {norm!r}")
     return dict(clip_norm), clip_by or "part"
 
 
@@ -89,5 +90,5 @@ def _scaled(flat: Mapping[str, Any], scale: jax.Array) -> dict[str, Any]:
 
 
 def _check_norm(norm: Any, what: str) -> None:
-    if not norm > 0:
+    if wrong_scalar(norm) or not norm > 0:
         raise OptimizerError(f"{what}: give a positive norm, or None not to clip")

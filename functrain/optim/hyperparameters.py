@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -15,6 +16,7 @@ from functrain.errors import OptimizerError
 from functrain.optim.declared import accepted
 from functrain.optim.held import RATE, Held, WithLrState, WithStateState
 from functrain.tree.paths import same_structure
+from functrain.tree.scalars import wrong_scalar
 from functrain.tree.text import listed
 
 Clock: TypeAlias = Literal["part", "run"]
@@ -63,6 +65,8 @@ def with_lr(
     _check_clock("with_lr", clock)
     if clock == "run" and not callable(lr):
         raise OptimizerError(f"with_lr(..., {lr!r}, clock='run'): a constant rate has no clock: leave clock= out")
+    if not callable(lr) and (wrong := wrong_scalar(lr)):
+        raise OptimizerError(f"the rate of with_lr is {wrong}: give a finite number of at least 0, or a schedule")
     by_name = RATE in inspect.signature(factory).parameters
 
     def make(learning_rate: Any) -> optax.GradientTransformation:
@@ -106,6 +110,9 @@ def with_state(
         )
     _check_clock("with_state", clock)
     values = {name: value for name, value in arguments.items() if _is_float(value) or _is_schedule(value)}
+    for name, value in values.items():
+        if not callable(value) and (wrong := wrong_scalar(value, least=-math.inf)):
+            raise OptimizerError(f"with_state(..., {name}=...): it is {wrong}: give a finite number, or a schedule")
     rest = {name: value for name, value in arguments.items() if name not in values}
     if not values:
         raise OptimizerError(

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -40,6 +39,7 @@ class Partition:
       names: the parts, in the order of their rules.
       leaves: every leaf, in the tree's order.
       selectors: what each part was selected by, for display.
+      shared: the paths of each array that was at several, each of which is a parameter of its own.
       rest: the leaves that are no arrays, by path, such as the functions in a module of Equinox.
     """
 
@@ -47,6 +47,7 @@ class Partition:
     leaves: tuple[Leaf, ...]
     selectors: tuple[str, ...]
     treedef: jax.tree_util.PyTreeDef
+    shared: tuple[tuple[str, ...], ...] = dataclasses.field(default=(), compare=False)
     rest: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def paths(self, part: str) -> tuple[str, ...]:
@@ -230,7 +231,6 @@ def partition(
     flat = flatten(params)
     if not flat:
         raise PartitionError("the tree has no leaves: give partition() the parameters")
-    _warn_of_shared_arrays(flat)
     owner = _owners(flat, {part: _resolved(part, selector, params) for part, selector in rules.items()}, overlap)
     if uncovered := [path for path in flat if path not in owner]:
         raise PartitionError(
@@ -242,6 +242,7 @@ def partition(
         leaves=tuple(Leaf(path, owner[path], *_shape_dtype(leaf)) for path, leaf in flat.items()),
         selectors=tuple(describe(selector) for selector in rules.values()),
         treedef=jax.tree.structure(params),
+        shared=_shared(flat),
         rest={path: leaf for path, leaf in flat.items() if not is_array(leaf)},
     )
 
@@ -301,16 +302,13 @@ def _raise_shadowed(part: str, selector: Selector, matched: list[str], earlier: 
     )
 
 
-def _warn_of_shared_arrays(flat: Flat) -> None:
-    seen: dict[int, str] = {}
+def _shared(flat: Flat) -> tuple[tuple[str, ...], ...]:
+    """The paths of each array that is at several."""
+    paths: dict[int, list[str]] = {}
     for path, leaf in flat.items():
-        is_array = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, jax.core.Tracer)
-        if is_array and seen.setdefault(id(leaf), path) != path:
-            warnings.warn(
-                f"{seen[id(leaf)]!r} and {path!r} are one array, but two parameters, which drift apart from the first"
-                " step on: to tie them, keep one and use it twice in the model; if they are meant to differ, copy one",
-                stacklevel=3,
-            )
+        if isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, jax.core.Tracer):
+            paths.setdefault(id(leaf), []).append(path)
+    return tuple(tuple(each) for each in paths.values() if len(each) > 1)
 
 
 def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...] | None, Any]:

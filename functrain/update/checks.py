@@ -1,6 +1,7 @@
 """What an update refuses of a call; each error says what to write instead."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -8,7 +9,8 @@ import jax
 from functrain.errors import UpdateError
 from functrain.gradients.loss import required_context
 from functrain.tree.arrays import common_length, leading_lengths
-from functrain.tree.text import listed
+from functrain.tree.scalars import wrong_scalar
+from functrain.tree.text import did_you_mean, listed
 from functrain.update.options import Settings
 from functrain.update.state import TrainState
 from functrain.update.surgery import Surgery
@@ -50,9 +52,23 @@ def check_whole(state: TrainState, where: str) -> None:
 
 
 def check_rates(lr: Mapping[str, Any] | None, trained: Collection[str]) -> None:
-    """Raises unless the rates are by part."""
-    if lr is not None and (not isinstance(lr, Mapping) or any(part not in trained for part in lr)):
+    """Raises unless the rates are numbers by part."""
+    if lr is None:
+        return
+    check_by_part(lr, trained)
+    for part, rate in lr.items():
+        if wrong := wrong_scalar(rate):
+            raise UpdateError(f"lr for part {part!r} is {wrong}: give a finite number of at least 0")
+
+
+def check_by_part(lr: Any, trained: Collection[str]) -> None:
+    """Raises unless rates are by part."""
+    if not isinstance(lr, Mapping):
         raise UpdateError(f"lr={lr!r}: give a rate by part, of the parts {listed(trained)}")
+    if unknown := [part for part in lr if part not in trained]:
+        raise UpdateError(
+            f"lr={lr!r}: give a rate by part, of the parts {listed(trained)}{did_you_mean(unknown, trained)}"
+        )
 
 
 def checked_settings(
@@ -62,12 +78,17 @@ def checked_settings(
     if lr is None and hyperparameters is None:
         return None
     check_rates(lr, trained)
-    if hyperparameters is not None and (
-        not isinstance(hyperparameters, Mapping) or any(part not in trained for part in hyperparameters)
+    given = {} if hyperparameters is None else hyperparameters
+    if not isinstance(given, Mapping) or any(
+        part not in trained or not isinstance(named, Mapping) for part, named in given.items()
     ):
         raise UpdateError(
             f"set={hyperparameters!r}: give hyperparameters by part and name, of the parts {listed(trained)}"
         )
+    for part, named in given.items():
+        for name, value in named.items():
+            if wrong := wrong_scalar(value, least=-math.inf):
+                raise UpdateError(f"set: {name!r} of part {part!r} is {wrong}: give a finite number")
     return Settings(lr, hyperparameters)
 
 
@@ -95,13 +116,4 @@ def check_cycle(batch: Any, cycle: int, cycle_in_words: str) -> None:
         raise UpdateError(
             f"pure takes in {cycle} batches stacked on a leading axis ({cycle_in_words}), not {wrong}; for more of them"
             " use update.scan, or a scan of your own over pure"
-        )
-
-
-def check_not_deleted(leaves: Sequence[Any]) -> None:
-    """Raises if a leaf of a state was deleted."""
-    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
-        raise UpdateError(
-            "this state was consumed by an earlier call, and with it every shallow copy: go on from the state that"
-            " the call returned, state, metrics = update(state, batch), or copy.deepcopy(state) before it"
         )

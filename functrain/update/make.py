@@ -61,7 +61,9 @@ def make_update(
         `after`.
       accumulate: batches in a window, which makes one optimizer step from their gradients, weighted by `Loss.weight`.
       microbatches: slices of a batch that are computed one after the other, for memory; the batch's leading axis must
-        be a multiple of it. The result is that of the whole batch, where the loss is a mean over `Loss.weight`.
+        be a multiple of it. The result is that of the whole batch, where the loss is a mean over `Loss.weight`; what
+        compares the examples of a batch with each other (a contrastive loss, batch statistics) has another. `fit` warns
+        of a loss that is no such mean, unless it draws random numbers.
       remainder: what `flush` does with a window cut short: "flush" steps with the mean of what is there, "drop" forgets
         it, "carry" leaves it pending.
       nonfinite: "ignore" adds nothing to the compiled program; who reads the loss finds out. "skip" leaves out an
@@ -112,13 +114,13 @@ def make_update(
         averages=averages_of(optim, ema),
         narrow=narrow_dtype(compute_dtype, cast_batch),
         surgery=None if gradients is None else Surgery(gradients),
+        per_example=per_example,
     )
     check_per_example(per_example, optim.trained)
     steps = Steps(
         options=options,
         cast=caster(optim.parts, compute_dtype),
         cast_batch=cast_batch,
-        per_example=per_example,
         after=after,
         audit=audit,
     )

@@ -1,7 +1,11 @@
 """What the metrics of an update are made of: what a loss function returned, and what a step adds."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 from functrain.errors import LossError
 from functrain.gradients.loss import Loss
@@ -9,6 +13,21 @@ from functrain.tree.text import listed
 
 Metrics = dict[str, Any]
 RESERVED = {"loss_scale", "nonfinite", "parts", "skipped"}  # What a step adds.
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class KnownWeight:
+    """A weight that is known when it is traced: it is no output of the program, which costs at each call."""
+
+    value: float
+
+
+class Weighed(NamedTuple):
+    """The metrics of a batch or a window, and what they are means over; None where no step was made."""
+
+    metrics: Metrics
+    weight: Any
 
 
 def metrics_of(loss: Loss, total: Any) -> Metrics:
@@ -23,3 +42,9 @@ def metrics_of(loss: Loss, total: Any) -> Metrics:
 def of_loss(metrics: Metrics) -> Metrics:
     """The metrics without what a step has added to them."""
     return {name: value for name, value in metrics.items() if name not in RESERVED}
+
+
+def known(weight: Any) -> Any:
+    """The weight, as what is known of it where that is all."""
+    is_known = isinstance(weight, int | float | np.number | np.ndarray)
+    return KnownWeight(float(weight)) if is_known else weight

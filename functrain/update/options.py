@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from functrain.errors import UpdateError
+from functrain.gradients.per_example import PerExample
 from functrain.optim.optimizer import Optimizer
 from functrain.tree.rest import Whole
 from functrain.update.ema import Averages
@@ -36,6 +37,7 @@ class Options:
     averages: Averages | None = None
     narrow: Any = None
     surgery: Surgery | None = None
+    per_example: PerExample | None = None
     whole: Whole
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from functrain.tree.arrays import replicated_over
+from functrain.update.consumed import check_not_deleted, is_deleted
 
 S = TypeVar("S", bound="Packable")
 
@@ -32,8 +33,16 @@ class Packable:
         if name not in type(self).packed or "_leaves" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         value = self.__dict__["_form"].field(name, self.__dict__["_leaves"])
+        if "_consumed" in self.__dict__:
+            check_not_deleted(jax.tree.leaves(value), name)
         object.__setattr__(self, name, value)
         return value
+
+    def __repr__(self) -> str:
+        if "_consumed" in self.__dict__ and is_deleted(self.__dict__["_leaves"]):
+            return f"<a {type(self).__name__} that was consumed; the call returned the one to go on from>"
+        values = (f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(values)})"
 
     def __deepcopy__(self: S, memo: dict[int, Any]) -> S:
         # Leaf by leaf: the deepcopy of a Flax state takes its Variables away.
@@ -94,6 +103,23 @@ def unpack(kind: type[S], form: Form, leaves: list[Any], **others: Any) -> S:
     state = object.__new__(kind)
     state.__dict__.update(others, _form=form, _leaves=leaves)
     return state
+
+
+def consume(state: Packable) -> None:
+    """Has the packed fields of a state of which leaves were deleted say so, from here on, where they are asked for."""
+    fields = state.__dict__
+    fields["_consumed"] = True
+    for name in type(state).packed:
+        fields.pop(name, None)
+
+
+def as_it_was(state: S) -> S:
+    """A state whose fields can be looked at, for shapes, dtypes and places, even where it was consumed."""
+    if "_consumed" not in state.__dict__:
+        return state
+    twin = object.__new__(type(state))
+    twin.__dict__.update({name: value for name, value in state.__dict__.items() if name != "_consumed"})
+    return twin
 
 
 def packed_leaves(state: Packable) -> list[Any]:

@@ -103,6 +103,11 @@ def narrow_dtype(compute_dtype: Any, cast_batch: "bool | Selector") -> Any:
       UpdateError: there are several to cast a batch to.
     """
     given = compute_dtype.values() if isinstance(compute_dtype, Mapping) else [compute_dtype]
+    for dtype in given:
+        try:
+            jnp.dtype(dtype)
+        except TypeError:
+            raise UpdateError(f"compute_dtype={dtype!r} is no dtype: write jnp.bfloat16 or 'bfloat16'") from None
     narrow = {jnp.dtype(dtype) for dtype in given if dtype is not None and jnp.dtype(dtype).itemsize < 4}
     names = sorted(map(str, narrow))
     if len(names) > 1 and cast_batch is not False:

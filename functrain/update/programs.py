@@ -3,7 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,16 +11,18 @@ import numpy as np
 
 from functrain.errors import LossError, PhaseError
 from functrain.gradients.loss import Loss, name_of
+from functrain.tree.paths import flatten
 from functrain.tree.text import listed
-from functrain.update.checks import check_not_deleted
+from functrain.update.consumed import check_not_deleted
 from functrain.update.metrics import Metrics
 from functrain.update.options import Settings
-from functrain.update.packed import Form, pack, packed_leaves, unpack
+from functrain.update.packed import Form, consume, pack, packed_leaves, unpack
 from functrain.update.phases import Phase, Turn
 from functrain.update.precision import check_products
 from functrain.update.state import TrainState
 from functrain.update.step import Step
-from functrain.update.turns import Body, make_cycles, make_turn, under_phases
+from functrain.update.tracing import Batches, described, field_and_path, names_of_arguments
+from functrain.update.turns import Body, Found, apart, make_cycles, make_turn, under_phases
 from functrain.update.window import Window
 
 _LAST = 2**31 - 1
@@ -54,8 +56,9 @@ class Program:
     a frozen part has none at all.
     """
 
-    def __init__(self, steps: Sequence[Step], call: Call, form: Form):
+    def __init__(self, steps: Sequence[Step], call: Call, form: Form, see: Callable[[Any], None]):
         self.form = form
+        self._see = see
         self._consumes = _changed(steps, call, form)
         self._reads = _read(self._consumes, form)
         # Only a middle batch returns a window, of which a consumed one could be the place.
@@ -86,8 +89,8 @@ class Program:
 
     def __call__(
         self, state: TrainState, batch: Any, settings: Settings | None, **counters: Any
-    ) -> tuple[TrainState, Metrics]:
-        """The next state, with the given counters, and the metrics.
+    ) -> tuple[TrainState, Metrics, Any]:
+        """The next state, with the given counters, the metrics, and what they are means over.
 
         Raises:
           UpdateError: an earlier call has consumed the state.
@@ -95,37 +98,56 @@ class Program:
         consumed, read = self.split(state)
         # One leaf of each tells: what a call consumes is deleted together.
         check_not_deleted([*consumed[0][:1], *read[0][:1], *([consumed[1].weight] if consumed[1] else [])])
-        changed, window, metrics = self.jitted(consumed, read, batch, settings)
+        changed, window, metrics, weights = self.jitted(consumed, read, batch, settings)
+        consume(state)
         leaves = changed
         if len(changed) < self.form.leaves:
             leaves = pack(state)[1].copy()
             for i, leaf in zip(self._consumes, changed, strict=True):
                 leaves[i] = leaf
         others = {"key": state.key, "window": window, "configuration": state.configuration, **counters}
-        return unpack(TrainState, self.form, leaves, **others), metrics
+        return unpack(TrainState, self.form, leaves, **others), metrics, weights
 
     def traced(self, state: TrainState, batch: Any, settings: Settings | None) -> Any:
         """What `jax.jit(...).trace` gives; a call with such arguments does not trace again."""
         return self.jitted.trace(*self.split(state), batch, settings)
 
+    def _names(self, batch: Any, settings: Settings | None) -> dict[str, str]:
+        """What the arguments of the jitted function are to the user, by what JAX calls them."""
+        leaves = {i: path for path, i in flatten(self.form.fields(range(self.form.leaves))).items()}
+        of = {f"consumed[0][{nth}]": leaves[i] for nth, i in enumerate(self._consumes)}
+        of |= {f"read[0][{nth}]": leaves[i] for nth, i in enumerate(self._reads)}
+        fields = {name: field_and_path(path) for name, path in of.items()}
+        others = {"read[2]": "the key", "read[3]": "the step", "read[4]": "the number of batches"}
+        return (
+            fields
+            | others
+            | described("batch", "the batch's", batch)
+            | described("settings", "the hyperparameter", settings)
+        )
+
     def _jitted(self, steps: Sequence[Step], call: Call) -> Any:
         body = body_of(steps, call)
 
-        def run(consumed: Any, read: Any, batch: Any, settings: Settings | None) -> tuple[list[Any], Any, Metrics]:
-            state, metrics = body(self.join(consumed, read), batch, settings)
-            leaves = packed_leaves(state)
-            return [leaves[i] for i in self._consumes], state.window, metrics
+        def run(consumed: Any, read: Any, batch: Any, settings: Settings | None) -> tuple[list[Any], Any, Metrics, Any]:
+            self._see(batch)
+            with names_of_arguments(lambda: self._names(batch, settings)):
+                state, found = body(self.join(consumed, read), batch, settings)
+            leaves, window = packed_leaves(state), state.window
+            if window is not None and grads is not None and step.options.by_loss:
+                of_each = dict.fromkeys(window.grads, grads)
+                window = dataclasses.replace(window, grads=jax.lax.with_sharding_constraint(window.grads, of_each))
+            return [leaves[i] for i in self._consumes], window, *apart(found)
 
         run.__name__ = f"functrain_{call.kind}"
-        out_shardings = None
+        step, grads, out_shardings = steps[call.turns[0][0]], None, None
         if self.form.shardings is not None:
-            step = steps[call.turns[0][0]]
             split = step.options.optim.parts.split(self.form.field("params", self.form.shardings))
             grads = {part: split[part] for part in step.parts}
             # The names of the losses, where there are gradients of each, are not known yet.
             of_window = None if step.options.by_loss else grads
             window = Window(grads=of_window, metrics=None, weight=None) if call.only_adds else None
-            out_shardings = ([self.form.shardings[i] for i in self._consumes], window, None)
+            out_shardings = ([self.form.shardings[i] for i in self._consumes], window, None, None)
         return jax.jit(run, donate_argnums=0, out_shardings=out_shardings)
 
 
@@ -141,6 +163,7 @@ class Programs:
         self.kept: dict[tuple[Call, Form], Program] = {}
         self._losses: dict[int, list[str]] = {}
         self._checked: set[int] = set()
+        self._batches = Batches()
         self.options = self._stages[0][0].options
 
     def program(self, call: Call, state: TrainState, batch: Any, settings: Settings | None) -> Program:
@@ -149,7 +172,7 @@ class Programs:
         program = self.kept.get((call, form))
         if program is None:
             self._check_parts(call)
-            program = Program(self._stages[call.stage], call, form)
+            program = Program(self._stages[call.stage], call, form, functools.partial(self._batches.see, (call, form)))
             self._check_precision(program, call, (state, batch, settings))
             self.kept[call, form] = program
         return program
@@ -168,8 +191,8 @@ class Programs:
 
     def run(
         self, call: Call, state: TrainState, batch: Any, settings: Settings | None, *, batches: int, steps: int
-    ) -> tuple[TrainState, Metrics]:
-        """Makes a call, which takes in a number of batches and makes a number of steps."""
+    ) -> tuple[TrainState, Metrics, Any]:
+        """Makes a call, which takes in a number of batches and makes a number of steps; also returns the weights."""
         return self.program(call, state, batch, settings)(
             state,
             batch,
@@ -253,13 +276,13 @@ def body_of(steps: Sequence[Step], call: Call) -> Body:
         return make_turn(steps, turn, measured=measured)
     step = steps[turn[0]]
 
-    def run(state: TrainState, batch: Any, settings: Settings | None) -> tuple[TrainState, Metrics]:
+    def run(state: TrainState, batch: Any, settings: Settings | None) -> tuple[TrainState, Found]:
         if call.only_adds:
-            state, metrics = step.add(state, batch)
+            state, weighed = step.add(state, batch)
         elif call.kind == "last":
-            state, metrics = step.last(state, batch, settings, measured=measured)
+            state, weighed = step.last(state, batch, settings, measured=measured)
         else:
-            state, metrics = step.flush(state, settings, measured=measured)
-        return state, under_phases({step.name: metrics})
+            state, weighed = step.flush(state, settings, measured=measured)
+        return state, under_phases({step.name: weighed})
 
     return run

@@ -11,7 +11,7 @@ from functrain.update.window import Window
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TrainState(Packable):
     """All that a resumed run needs; made by `update.init`, a pytree.
 

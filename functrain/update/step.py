@@ -16,7 +16,7 @@ from functrain.optim.own_tree import ByPart
 from functrain.tree.arrays import as_array, is_finite
 from functrain.tree.paths import PyTree, flatten, structure_difference
 from functrain.update.ema import check_averages
-from functrain.update.metrics import Metrics, metrics_of
+from functrain.update.metrics import Metrics, Weighed, known, metrics_of
 from functrain.update.options import Options, Settings
 from functrain.update.state import TrainState
 from functrain.update.telemetry import by_part
@@ -85,46 +85,42 @@ class Step:
         measured: bool,
         repeat: int = 0,
         before: Mapping[str, Metrics] | None = None,
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, Weighed]:
         """A batch that is a window of its own; the turn that it belongs to counts it.
 
         `repeat`: the phase's steps on it before; `before`: the metrics of the losses of other phases on it, by phase.
         """
-        grads, metrics, _, model_state = self._gradients(state, batch, repeat, before)
+        grads, metrics, weight, model_state = self._gradients(state, batch, repeat, before)
         value = functools.partial(self._value, state, batch, repeat, before)
         value_fn = ByPart({part: functools.partial(value, part) for part in self.parts})
-        grads = self._operated(state, grads, metrics, repeat)
-        return self._end(state, grads, metrics, model_state, settings, measured=measured, value_fn=value_fn)
+        grads, weighed = self._operated(state, grads, metrics, repeat), Weighed(metrics, known(weight))
+        return self._end(state, grads, weighed, model_state, settings, measured=measured, value_fn=value_fn)
 
-    def add(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def add(self, state: TrainState, batch: Any) -> tuple[TrainState, Weighed]:
         """A batch that does not end its window: its gradients are added to what is pending."""
         grads, metrics, weight, model_state = self._gradients(state, batch)
         window = add_to_window(state.window, grads, metrics, weight)
-        return dataclasses.replace(_one_batch_more(state), window=window, model_state=model_state), metrics
+        after = dataclasses.replace(_one_batch_more(state), window=window, model_state=model_state)
+        return after, Weighed(metrics, None)
 
     def last(
         self, state: TrainState, batch: Any, settings: Settings | None, *, measured: bool
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, Weighed]:
         """A batch that ends its window."""
-        grads, metrics, weight, model_state = self._gradients(state, batch)
-        grads, metrics = add_to_window(state.window, grads, metrics, weight).mean()
-        state = _one_batch_more(state)
-        grads = self._operated(state, grads, metrics)
-        return self._end(
-            state, grads, metrics, model_state, settings, measured=measured, value_fn=_none_of(self.options.accumulate)
-        )
+        state, _ = self.add(state, batch)
+        return self.flush(state, settings, measured=measured)
 
-    def flush(self, state: TrainState, settings: Settings | None, *, measured: bool) -> tuple[TrainState, Metrics]:
+    def flush(self, state: TrainState, settings: Settings | None, *, measured: bool) -> tuple[TrainState, Weighed]:
         """No batch: what is pending ends its window."""
         assert state.window is not None
         grads, metrics = state.window.mean()
-        grads = self._operated(state, grads, metrics)
-        arguments = (state, grads, metrics, state.model_state, settings)
+        grads, weighed = self._operated(state, grads, metrics), Weighed(metrics, state.window.weight)
+        arguments = (state, grads, weighed, state.model_state, settings)
         return self._end(*arguments, measured=measured, value_fn=_none_of(self.options.accumulate))
 
     def window(
         self, state: TrainState, batches: Any, settings: Settings | None, *, measured: bool
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, Weighed]:
         """A whole window at once, its batches on a leading axis."""
 
         def add(state: TrainState, batch: Any) -> tuple[TrainState, None]:
@@ -226,14 +222,15 @@ class Step:
         self,
         state: TrainState,
         grads: "_Grads",
-        metrics: Metrics,
+        weighed: Weighed,
         model_state: Any,
         settings: Settings | None,
         *,
         measured: bool,
         value_fn: Any,
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, Weighed]:
         """The state after an optimizer step with these gradients, which ends the window."""
+        metrics = weighed.metrics
         values = self.objective.by_part(metrics, state.step)
         value = metrics["loss"] if values is None else ByPart(values)
         extra = {"value": value, "value_fn": value_fn, "step": state.step}
@@ -265,7 +262,7 @@ class Step:
             pending=state.pending * 0,
             window=None,
         )
-        return ended, metrics
+        return ended, weighed._replace(metrics=metrics)
 
     def _applied(
         self, state: TrainState, grads: Any, settings: Settings | None, extra: Any, *, measured: bool

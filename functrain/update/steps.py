@@ -6,7 +6,6 @@ from typing import Any
 
 from functrain.errors import UpdateError
 from functrain.gradients.objective import make_objective
-from functrain.gradients.per_example import PerExample
 from functrain.gradients.train_step import make_gradient
 from functrain.optim.optimizer import Optimizer
 from functrain.tree.paths import PyTree
@@ -28,7 +27,6 @@ class Steps:
     options: Options
     cast: Callable[[PyTree], PyTree]
     cast_batch: "bool | Selector"
-    per_example: PerExample | None
     after: After | None
     audit: bool
 
@@ -62,7 +60,7 @@ class Steps:
 
     def _of_each(self, phase: Phase, parts: tuple[str, ...]) -> dict[str, Any]:
         """What of the gradients of some parts is computed of each loss, or of each example, by itself."""
-        per_example = self.per_example
+        per_example = self.options.per_example
         if isinstance(per_example, Mapping):
             per_example = {part: fn for part, fn in per_example.items() if part in parts} or None
         if not self.options.by_loss:

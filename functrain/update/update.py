@@ -6,23 +6,29 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from functrain.errors import UpdateError
 from functrain.optim.adoption import Adoption
 from functrain.tree.paths import PyTree
-from functrain.update.calling import Calling
-from functrain.update.checks import check_context, check_cycle, check_not_deleted, check_state, check_whole
+from functrain.update.calls import Calls
+from functrain.update.checks import (
+    check_context,
+    check_cycle,
+    check_state,
+    check_whole,
+)
+from functrain.update.compiling import calls_to_come, scans_to_come
 from functrain.update.configuration import written
+from functrain.update.consumed import check_not_deleted
 from functrain.update.initial import abstract_state, adopted_state, initial_state
 from functrain.update.metrics import Metrics
 from functrain.update.stages import stage_of
 from functrain.update.state import TrainState
-from functrain.update.turns import make_cycles, make_turn
+from functrain.update.turns import apart, make_cycles, make_turn
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Update(Calling):
+class Update(Calls):
     """A compiled update, `state, metrics = update(state, batch)`; made by `make_update`.
 
     It holds options and compiled programs and nothing of a run: that is all in the `TrainState`.
@@ -82,9 +88,10 @@ class Update(Calling):
           "skipped", 1 or 0, and "nonfinite", `{part: bool}`.
 
         Raises:
-          UpdateError: called under a trace: use `update.pure` there.
+          UpdateError: called under a trace: use `update.pure` there; or an earlier call has consumed the state.
         """
-        return self._take(state, batch, lr, set, measured=False)
+        state, metrics, _ = self.taken(state, batch, self._settings(lr, set))
+        return state, metrics
 
     def measured(
         self,
@@ -98,7 +105,8 @@ class Update(Calling):
 
         It is a program of its own, so that the steps that are not measured pay nothing. See `telemetry.by_part`.
         """
-        return self._take(state, batch, lr, set, measured=True)
+        state, metrics, _ = self.taken(state, batch, self._settings(lr, set), measured=True)
+        return state, metrics
 
     def scan(
         self,
@@ -127,10 +135,8 @@ class Update(Calling):
         Raises:
           UpdateError: the leading axis is no multiple of `accumulate`, or of a cycle's batches, or a window is pending.
         """
-        settings, (call, count, steps) = self._settings(lr, set), self._scan_of(state, batches)
-        return self._programs.run(
-            call._replace(measured=measured), state, batches, settings, batches=count, steps=steps
-        )
+        state, metrics, _ = self.scanned(state, batches, self._settings(lr, set), measured=measured)
+        return state, metrics
 
     def pure(
         self,
@@ -154,8 +160,59 @@ class Update(Calling):
         settings = self._settings(lr, set)
         steps = self.stages[stage_of(self.optim, state.step, self.schedule.cycle, "pure")]
         if self.schedule.alternates:
-            return make_cycles(steps, self.schedule.cycle)(state, batch, settings)
-        return make_turn(steps, self.schedule.cycle[0])(state, batch, settings)
+            state, found = make_cycles(steps, self.schedule.cycle)(state, batch, settings)
+        else:
+            state, found = make_turn(steps, self.schedule.cycle[0])(state, batch, settings)
+        return state, apart(found)[0]
+
+    def compile(
+        self,
+        state: TrainState,
+        batch: Any = None,
+        *,
+        scan: Any = None,
+        measured: bool = True,
+        flush: bool = True,
+        until: int | None = None,
+    ) -> None:
+        """Compiles the programs of calls to come side by side, in threads, so that none of them waits for another.
+
+        The first call then begins after about as long as the slowest program takes, where there are free cores. `fit`
+        does so. Nothing is run, and the state is not consumed.
+
+        Args:
+          state: as the first call will be given it.
+          batch: one like those to come, for calls with one batch: the first, the middle and the last of a window, of
+            every phase. Arrays or `jax.ShapeDtypeStruct`s; None for no such calls.
+          scan: batches on a leading axis, for `scan`; None for none.
+          measured: the programs with telemetry, too.
+          flush: that of a window that is cut short, too.
+          until: the step at which the run ends: programs with parts that join later are left out.
+        """
+        check_state(state)
+        with_telemetry, asked = (True, False) if measured else (False,), []
+        if scan is not None:
+            _, count, _ = self._scan_of(state, scan)
+            calls = scans_to_come(self._programs, self.schedule, state, count // self.accumulate, until)
+            asked += [(call._replace(measured=each), state, scan) for call in calls for each in with_telemetry]
+        if batch is not None:
+            found = calls_to_come(self._programs, self.schedule, state, batch, with_telemetry, until)
+            asked += [each for each in found if flush or each[0].kind != "flush"]
+        self._programs.compile(asked)
+
+    def lower(
+        self,
+        state: TrainState,
+        batch: Any,
+        *,
+        lr: Mapping[str, Any] | None = None,
+        set: Mapping[str, Any] | None = None,  # noqa: A002
+    ) -> Any:
+        """The program that a call with these arguments would run, as `jax.jit(...).lower` gives it; nothing is run."""
+        settings = self._settings(lr, set)
+        return (
+            self._programs.program(self.call_of(state), state, batch, settings).traced(state, batch, settings).lower()
+        )
 
     def flush(self, state: TrainState) -> tuple[TrainState, Metrics]:
         """Ends a window that was cut short, as at the end of an epoch, in the way that `remainder` says.
@@ -163,12 +220,8 @@ class Update(Calling):
         Returns:
           The new state, and the means over the window if it made a step, else no metrics.
         """
-        check_state(state)
-        if int(state.pending) == 0 or self.options.remainder == "carry":
-            return state, {}
-        if self.options.remainder == "drop":
-            return dataclasses.replace(state, window=None, pending=np.zeros((), np.int64)), {}
-        return self._programs.run(self.call_of(state, flushes=True), state, None, None, batches=0, steps=1)
+        state, metrics, _ = self.flushed(state)
+        return state, metrics
 
     def adopt(self, other: "Update", state: TrainState) -> tuple[TrainState, Adoption]:
         """A state for this update with what fits of another one's; see `Optimizer.adopt`.

@@ -155,6 +155,25 @@ def test_an_optimizer_that_makes_it_is_found_in_its_parameters(tmp_path):
     assert lines[1].startswith(f"  it is made at {at('transform')}<lambda>: div(")
 
 
+def test_a_function_of_gradients_that_makes_it_is_found_by_its_line(tmp_path):
+    def surgery(grads, *, per_loss, step):
+        norm = jnp.sqrt(jnp.sum(per_loss["head"]["head"]["head/w"] ** 2))
+        return jax.tree.map(lambda grad: grad * norm / (3.0 - step), grads)  # surgery
+
+    def losses(params, batch):
+        return {
+            "body": plain(params["body"]["w"], batch["x"]).mean() + params["body"]["b"],
+            "head": sound_loss(params, batch),
+        }
+
+    parts = ft.partition(START, {"body": "body", "head": "head"})
+    optim = ft.Optimizer(parts, {"body": optax.sgd(0.1), "head": optax.adam(0.1)})
+    update = ft.make_update(losses, optim, accumulate=2, gradients=surgery)
+    lines = ended(update, update.init(START), data_of(X), tmp_path).splitlines()[2:]
+    assert "number 1 of the 2 of its window (counted from 0), is the first that is not finite, in the param" in lines[0]
+    assert lines[1].startswith(f"  it is made at {at('surgery')}<lambda>: div(")
+
+
 def sound_or(program):
     def loss_fn(params, batch):
         return program(params["body"]["w"], batch["x"]).mean() + params["body"]["b"] + sound_loss(params, batch)

@@ -183,6 +183,14 @@ def test_a_state_that_an_earlier_run_consumed_may_be_what_a_run_goes_on_like(tmp
     assert int(result.state.step) == 12
 
 
+def test_a_state_that_was_consumed_with_a_rate_that_the_run_is_to_have_is_told(tmp_path):
+    update = update_of(averaging)
+    state = begun(update)
+    update(state, next(iter(data(None))))
+    with pytest.raises(ft.UpdateError, match="this state was consumed by an earlier call"):
+        ft.fit(update, state, data(None), epochs=1, checkpoints=ft.Checkpoints(tmp_path))
+
+
 def test_a_result_that_is_not_finite_is_told_once_of_each_name():
     evaluation = [
         scripted(1, np.nan, np.nan, 2, every=ft.Every(updates=2)),

@@ -88,6 +88,15 @@ def events_until(error, told, **options):
     return recorder.events
 
 
+def test_a_state_that_was_consumed_is_told_before_anything_runs():
+    update, state, data = counted(update_of())
+    update(state, next(iter(data)))
+    recorder = Recorder()
+    with pytest.raises(ft.UpdateError, match="this state was consumed by an earlier call, and every shallow copy"):
+        ft.fit(update, state, data, epochs=1, hooks=[recorder])
+    assert not recorder.events
+
+
 @pytest.mark.parametrize("place", ["stop", "hooks", "checkpoints"])
 def test_the_name_of_a_result_that_no_evaluation_gives_is_told_before_anything_runs(tmp_path, place):
     stop = ft.EarlyStopping("valid/accuracy", patience=1, mode="max")

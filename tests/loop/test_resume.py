@@ -182,7 +182,7 @@ def test_a_finished_run_started_again_changes_nothing(run, uninterrupted, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("scenario", "unroll"), [("alternate", 2), ("phase", 1)] + [("alternate", 1), ("phase", 2)] * (SOAK > 1)
+    ("scenario", "unroll"), [("alternate", 2)] + [("alternate", 1), ("phase", 1), ("phase", 2)] * (SOAK > 1)
 )
 def test_phases_killed_within_a_cycle_end_with_the_same_bits(run, uninterrupted, tmp_path, scenario, unroll):
     for at, nth in [("^run.updated", 5), (BEFORE_THE_MANIFEST, 1)]:

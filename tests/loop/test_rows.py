@@ -18,7 +18,7 @@ def test_a_row_names_the_loss_each_parts_telemetry_and_its_rate():
     of_part = ("grad_norm", "update_norm", "param_norm", "update_ratio", "learning_rate")
     for row in (row for row in result.history if "train/loss" in row):
         assert row.keys() == {
-            "step", "epoch", "train/loss", "train/steps_per_second",
+            "step", "epoch", "train/loss", "train/mean_of_updates", "train/steps_per_second",
             "train/learning_rate/body", "train/learning_rate/head",
             *(f"train/parts/{part}/{name}" for part in ("body", "head") for name in of_part),
         }  # fmt: skip
@@ -28,14 +28,14 @@ def test_a_row_names_the_loss_each_parts_telemetry_and_its_rate():
 
 def test_what_is_logged_is_what_the_update_measured():
     update = update_of()
-    logged = ft.fit(*counted(update), steps=3, log=ft.Every(updates=3)).history
+    logged = ft.fit(*counted(update), steps=3, log=ft.Every(updates=3), log_last=True).history
     data, state = counted(update)[2], update.init(start())
     batches = list(data.epoch(0))
     for batch in batches[:2]:
         state, _ = update(state, batch)
     _, metrics = update.measured(state, batches[2])
     (row,) = logged
-    assert row["train/loss"] == float(metrics["loss"])
+    assert row["train/last/loss"] == float(metrics["loss"])
     assert row["train/parts/head/grad_norm"] == float(metrics["parts"]["head"]["grad_norm"])
     rate = float(np.float32(optax.cosine_decay_schedule(0.1, 40)(2)))
     assert row["train/learning_rate/body"] == row["train/parts/body/learning_rate"] == rate
@@ -104,7 +104,7 @@ def test_the_last_step_of_every_epoch_has_a_row_also_of_a_short_run(tmp_path):
     assert [(row["step"], row["epoch"]) for row in result.history] == [(2, 0), (4, 0), (6, 1), (8, 1)]
 
 
-def test_with_unroll_the_log_has_the_last_update_of_the_scan():
+def test_with_unroll_the_log_has_what_it_has_without():
     one, many = [
         ft.fit(*counted(update_of()), steps=4, log=ft.Every(updates=4), unroll=unroll).history for unroll in (1, 4)
     ]
@@ -208,10 +208,10 @@ def test_where_there_is_no_terminal_a_line_says_how_far_it_is(capsys):
     assert capsys.readouterr().err.splitlines() == [
         "step 2, epoch 0: valid/loss 5",
         "step 4, epoch 0: valid/loss 7",
-        f"step 4, epoch 1: train/loss {losses[0]:.4g}",
+        f"step 4, epoch 1: train/loss {losses[0]:.4g} (mean of 4)",
         "step 6, epoch 1: valid/loss 9",
         "step 8, epoch 1: valid/loss 11",
-        f"step 8, epoch 2: train/loss {losses[1]:.4g}",
+        f"step 8, epoch 2: train/loss {losses[1]:.4g} (mean of 4)",
     ]
     ft.fit(*counted(update_of()), epochs=1, progress=False)
     assert capsys.readouterr().err == ""

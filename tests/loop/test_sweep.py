@@ -148,7 +148,7 @@ def test_the_suggested_rate_is_where_the_loss_falls_fastest_and_is_lr_as_it_is()
     sweep = swept(*(curve + 0.1 * noise))
     assert np.abs(np.log(sweep.suggested["all"] / sweep.rates["all"][30])) < 3 * np.log(10) * 6 / 59
     update, state, batches = scripted(1.0)
-    update(state, batches[0], lr=sweep.suggested)
+    state, _ = update(state, batches[0], lr=sweep.suggested)
     update.optim.with_learning_rates(state.opt_state, sweep.suggested)
 
 

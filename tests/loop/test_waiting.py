@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from soak import SOAK
 from waiting_run import AT, BATCHES
 
 RUN = Path(__file__).with_name("waiting_run.py")
@@ -65,7 +66,7 @@ def test_batches_that_were_read_ahead_are_read_again(tmp_path, unroll):
     assert finished(tmp_path, "sleep") == finished(tmp_path / "whole", "sleep")
 
 
-@pytest.mark.parametrize(("data", "unroll"), [("sleep", 1), ("cling", 1), ("take", 4), ("grain", 1)])
+@pytest.mark.parametrize(("data", "unroll"), [("sleep", 1), ("cling", 1), ("take", 4)] + [("grain", 1)] * (SOAK > 1))
 def test_a_thread_that_waits_for_data_ends_with_the_run_and_what_it_had_read_is_read_again(tmp_path, data, unroll):
     output, exit_code = stopped(tmp_path, data, signal.SIGTERM, prefetch=2, unroll=unroll)
     taken = int(output.partition("ended at ")[2].split()[0])

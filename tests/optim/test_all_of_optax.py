@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 import pytest
+from soak import SOAK
 from trees import bits
 
 import functrain as ft
@@ -53,12 +54,10 @@ RATES = {
 }
 DTYPES = [
     (jnp.bfloat16, jnp.bfloat16),
-    (jnp.float16, jnp.float16),
     (jnp.bfloat16, jnp.float32),
-    (jnp.float16, jnp.float32),
     (jnp.float32, jnp.bfloat16),
-    (jnp.bfloat16, jnp.float16),
 ]
+DTYPES += [(jnp.float16, jnp.float16), (jnp.float16, jnp.float32), (jnp.bfloat16, jnp.float16)] * (SOAK > 1)
 # XLA spends less on the code of these steps, of which types are looked at and no bits.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 

@@ -197,7 +197,7 @@ def test_it_prints_its_constants_and_schedules():
         ({"part": {"learn_rate": 0.5}}, says("did you mean 'learning_rate'?")),
         ({"other": {"momentum": 0.5}}, says("part 'other': it has no 'momentum' to set; nothing of it is state; make",
                                             "ft.with_state(optax.adamw, momentum=...)")),
-        ({"part": {"b1": jnp.ones(2)}}, says("set for 'b1' of part 'part' is an array of shape (2,): give a scalar")),
+        ({"part": {"b1": jnp.ones(2)}}, says("set for 'b1' of part 'part' is an array of shape (2,): give a finite")),
         ({"prat": {"b1": 0.5}}, says("set for the unknown part 'prat'", "did you mean 'part'?")),
         ({"part": 0.5}, says("set={'part': 0.5}: give hyperparameters by part and name")),
     ],
@@ -236,10 +236,11 @@ def test_two_of_one_name_in_a_part_are_an_error():
     [
         (lambda: ft.with_state(optax.adam(0.5)), says("give the function that makes the transform")),
         (lambda: ft.with_state(optax.sgd, learning_rate=1), says("'learning_rate', none is state", "=1.0")),
+        (lambda: ft.with_state(optax.sgd, learning_rate=float("inf")), says("learning_rate=...): it is inf: give a")),
         (lambda: ft.with_state(optax.sgd, learning_rate=1.0, clock="run"), says("'learning_rate' has no schedule")),
         (lambda: ft.with_state(optax.sgd, learning_rate=1.0, clock="me"), says("clock='me'): write 'part' or 'run'")),
     ],
-    ids=["a transform", "an integer", "no schedule", "no clock"],
+    ids=["a transform", "an integer", "no number", "no schedule", "no clock"],
 )  # fmt: skip
 def test_what_makes_no_state_is_an_error(make, message):
     with pytest.raises(ft.OptimizerError, match=message):

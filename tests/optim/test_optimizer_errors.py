@@ -1,7 +1,10 @@
 """What an optimizer refuses. Every message names what is wrong and says what to write instead."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from optimizers import PARTS, SCHEDULED, Model, gradients, params
@@ -32,7 +35,13 @@ def test_a_transform_without_a_part_is_an_error():
         ft.Optimizer(PARTS, {**TRAINED, "tail": optax.sgd(0.1)})
 
 
-@pytest.mark.parametrize("tx", [0.1, None, optax.adam], ids=["a number", "None", "a factory"])
+@pytest.mark.parametrize("tx", [None, "frozen"])
+def test_what_was_to_freeze_a_part_is_an_error_that_says_how(tx):
+    with pytest.raises(ft.OptimizerError, match=says("part 'body'", "is no optax transform; write e.g. ft.FROZEN")):
+        ft.Optimizer(PARTS, {**TRAINED, "body": tx})
+
+
+@pytest.mark.parametrize("tx", [0.1, optax.adam], ids=["a number", "a factory"])
 def test_what_is_not_a_transform_is_an_error(tx):
     with pytest.raises(
         ft.OptimizerError, match=says("part 'body'", "is no optax transform; write e.g. optax.adam(1e-3)")
@@ -250,3 +259,77 @@ def test_a_state_of_another_transform_is_an_error():
             ft.OptimizerError, match=r"the state of part 'all' is not one that its transform makes: .* use"
         ):
             optim.step(params, {"all": {"w": jnp.ones(2)}}, other.init(params))
+
+
+# One array at several paths.
+
+
+def warned_of(tree, rules, **frozen):
+    """What is said of an optimizer of a tree; the parts that are named are frozen."""
+    parts = ft.partition(tree, rules)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ft.Optimizer(parts, {part: optax.sgd(0.1) for part in rules} | frozen)
+    assert all(each.filename == __file__ for each in caught)
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("array", [jnp.ones(2), np.ones(2)], ids=["jax", "numpy"])
+def test_one_array_at_two_trained_paths_is_warned_of(array):
+    assert warned_of({"a": array, "b": {"w": array}}, {"a": "a", "rest": ...}) == [
+        "2 trained leaves are one array ('a' and 'b/w'), but parameters of their own, which drift apart from the first"
+        " step on: to tie them, keep one and use it twice in the model; if they are meant to differ, copy one"
+    ]
+
+
+def test_many_of_them_are_one_warning_with_a_count():
+    layers = [{"w": jnp.ones(2), "b": np.ones(3)} for _ in range(4)]
+    (told,) = warned_of({"encoder": layers, "decoder": layers, "third": layers[:1]}, {"all": ...})
+    first = "'decoder/0/b' and 'encoder/0/b' and 'third/0/b'; 'decoder/0/w' and"
+    assert told.startswith(f"18 trained leaves are 8 arrays ({first}")
+    assert "'decoder/1/b' and 'encoder/1/b' and 5 more), but" in told
+
+
+def test_a_target_network_that_starts_as_its_source_is_not_warned_of():
+    online = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    rules = {"online": "online", "target": "target"}
+    assert not warned_of({"online": online, "target": online}, rules, target=ft.FROZEN)
+    assert not warned_of({"online": online, "target": online}, rules, target=ft.FROZEN, online=ft.FROZEN)
+    (told,) = warned_of(
+        {"online": online, "also": online["w"], "target": online}, rules | {"rest": ...}, target=ft.FROZEN
+    )
+    assert told.startswith("2 trained leaves are one array ('also' and 'online/w'), but")
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0, None, "0.1", jnp.ones(2)], ids=str)
+def test_a_rate_that_is_no_finite_number_is_an_error_wherever_it_is_given(rate):
+    if not isinstance(rate, str):
+        with pytest.raises(ft.OptimizerError, match=r"the rate of with_lr is .*: give a finite number of at least 0"):
+            ft.with_lr(optax.adam, rate)
+    params = {"body": jnp.ones(2)}
+    optim = ft.Optimizer(ft.partition(params, {"all": ...}), {"all": ft.with_lr(optax.sgd, 0.1)})
+    with pytest.raises(ft.OptimizerError, match=r"lr for part 'all' is .*: give a finite number of at least 0"):
+        optim.step(params, {"all": {"body": jnp.ones(2)}}, optim.init(params), lr={"all": rate})
+    update = ft.make_update(lambda params, batch: jnp.sum(params["body"] * batch), optim)
+    with pytest.raises(ft.UpdateError, match=r"lr for part 'all' is .*: give a finite number of at least 0"):
+        update(update.init(params), 1.0, lr={"all": rate})
+
+
+def test_other_numbers_and_names_that_are_none():
+    params = {"body": jnp.ones(2)}
+    parts = ft.partition(params, {"all": ...})
+    optim = ft.Optimizer(parts, {"all": ft.with_lr(optax.sgd, 0.1)})
+    with pytest.raises(ft.OptimizerError, match="clip_norm='1': give a positive norm"):
+        ft.Optimizer(parts, optim.transforms, clip_norm="1")
+
+    def loss_fn(params, batch):
+        return {"a": jnp.sum(params["body"])}
+
+    for weight in (float("nan"), "0.1"):
+        update = ft.make_update(loss_fn, optim, loss_weights={"a": weight})
+        with pytest.raises(ft.LossError, match=r"loss_weights: the weight of the loss 'a' is .*: give a finite number"):
+            update(update.init(params), 1.0)
+    with pytest.raises(ft.UpdateError, match=r"compute_dtype='bf16' is no dtype: write jnp.bfloat16"):
+        ft.make_update(loss_fn, optim, compute_dtype="bf16")
+    with pytest.raises(ft.UpdateError, match="did you mean 'all'"):
+        ft.make_update(loss_fn, optim)(ft.make_update(loss_fn, optim).init(params), 1.0, lr={"al": 0.1})

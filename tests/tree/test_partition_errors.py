@@ -2,7 +2,6 @@
 
 import ast
 import re
-import warnings
 
 import equinox as eqx
 import jax
@@ -16,44 +15,27 @@ from trees import Model, any_trees, quick, says
 
 import functrain as ft
 
-# One array at two paths.
+# One array at two paths is for the optimizer to warn of, which knows what is trained.
 
 
-@pytest.mark.parametrize("array", [jnp.ones(2), np.ones(2), jax.random.key(0)], ids=["jax", "numpy", "key"])
-def test_one_array_at_two_paths_is_warned_of(array):
-    with pytest.warns(
-        UserWarning, match=says("'a' and 'b/w' are one array, but two parameters", "to tie them")
-    ) as record:
-        ft.partition({"a": array, "b": {"w": array}}, {"rest": ...})
-    assert [one.filename for one in record] == [__file__]
+def test_the_paths_of_one_array_are_known():
+    one, two = jnp.ones(2), np.ones(2)
+    parts = ft.partition({"a": one, "b": {"w": one, "v": two}, "c": [two, one]}, {"rest": ...})
+    assert parts.shared == (("a", "b/w", "c/1"), ("b/v", "c/0"))
+    assert parts == ft.partition({"a": one, "b": {"w": jnp.ones(2), "v": two}, "c": [two, one]}, {"rest": ...})
 
 
-def test_each_further_path_of_one_array_is_warned_of():
-    array = jnp.ones(2)
-    with pytest.warns(UserWarning, match="are one array") as record:
-        ft.partition([array, array, array], {"rest": ...})
-    assert len(record) == 2
-    assert "'0' and '2' are one array" in str(record[1].message)
-
-
-def test_equal_arrays_are_not_warned_of():
-    with warnings.catch_warnings(action="error"):
-        ft.partition({"a": jnp.ones(2), "b": jnp.ones(2), "c": np.ones(2), "d": np.ones(2)}, {"rest": ...})
-
-
-def test_one_shape_number_or_function_at_two_paths_is_not_warned_of():
+def test_equal_arrays_and_one_shape_number_or_function_at_two_paths_are_no_one_array():
     shape = jax.ShapeDtypeStruct((2,), jnp.float32)
-    with warnings.catch_warnings(action="error"):
-        ft.partition({"a": shape, "b": shape, "c": len, "d": len, "e": 1.0, "f": 1.0}, {"rest": ...})
+    arrays = {"g": jnp.ones(2), "h": jnp.ones(2), "i": np.ones(2), "j": np.ones(2)}
+    tree = {"a": shape, "b": shape, "c": len, "d": len, "e": 1.0, "f": 1.0, **arrays}
+    assert not ft.partition(tree, {"rest": ...}).shared
 
 
-def test_one_tracer_at_two_paths_is_not_warned_of():
-    @jax.jit
-    def twice(x):
-        return ft.partition({"a": x, "b": x}, {"rest": ...}).split({"a": x, "b": x})
-
-    with warnings.catch_warnings(action="error"):
-        twice(jnp.ones(2))
+def test_one_tracer_at_two_paths_is_no_one_array():
+    found = []
+    jax.make_jaxpr(lambda x: found.append(ft.partition({"a": x, "b": x}, {"rest": ...}).shared) or x)(1.0)
+    assert found == [()]
 
 
 # Rules that do not fit.

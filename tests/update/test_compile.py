@@ -75,6 +75,23 @@ def test_every_program_is_compiled_once_in_threads_and_no_call_compiles_another(
     assert after.names == []
 
 
+@pytest.mark.parametrize("place", ["anywhere", "two devices"])
+def test_the_programs_of_a_window_of_the_gradients_of_each_loss_too(place):
+    def two(params, batch):
+        return {"main": loss_fn(params, batch), "aux": jnp.mean(params["body"]["w"] ** 2)}
+
+    def main_alone(grads, *, per_loss):
+        return per_loss["main"]
+
+    params, batches = PLACES[place](linear_params()), batches_of(3)
+    update = ft.make_update(two, optimizer_of(params), accumulate=3, gradients=main_alone)
+    state = update.init(params)
+    update.compile(state, batches[0], measured=False, flush=False)
+    with Compiled() as after:
+        run(update, state, batches)
+    assert after.names == []
+
+
 def test_what_is_not_asked_for_is_not_compiled_and_nothing_is_run():
     params = linear_params()
     update = ft.make_update(loss_fn, optimizer_of(params), accumulate=2, remainder="drop")

@@ -439,12 +439,13 @@ def test_a_phase_whose_after_may_change_every_parameter_consumes_them_all():
         ft.Phase("D", d_loss, parts="discriminator", after=after), ft.Phase("G", g_loss, parts="generator")
     )
     update, start = started(schedule)
-    before = jax.tree.map(jnp.copy, start.params["generator"])
+    consumed, before = start.params, jax.tree.map(jnp.copy, start.params["generator"])
+    other = start.opt_state["generator"]
     state, _ = update(start, batches_of(1)[0])
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(start.params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(consumed))
     for new, old in zip(state.params["generator"], before, strict=True):
         np.testing.assert_array_equal(new, old * 0.5)
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(start.opt_state["generator"]))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(other))
 
 
 @pytest.mark.slow

@@ -53,3 +53,5 @@ def test_what_is_given_for_a_part_that_is_not_trained_is_an_error(update):
     state = update.init(linear_params())
     with pytest.raises(ft.UpdateError, match=re.escape("give hyperparameters by part and name, of the parts 'body'")):
         update(state, batches_of(1)[0], set={"bdoy": {"b1": 0.5}})
+    with pytest.raises(ft.UpdateError, match=re.escape("set: 'b1' of part 'body' is nan: give a finite number")):
+        update(state, batches_of(1)[0], set={"body": {"b1": float("nan")}})

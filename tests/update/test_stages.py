@@ -67,13 +67,14 @@ def test_until_it_joins_its_gradient_is_in_no_program():
 def test_until_it_joins_its_parameters_and_state_are_neither_changed_nor_consumed():
     update = staged(ema=0.5)
     before = update.init(linear_params())
-    mine = jax.tree.leaves([before.params["body"], before.opt_state["body"], before.ema["body"]])
+    params = before.params
+    mine = jax.tree.leaves([params["body"], before.opt_state["body"], before.ema["body"]])
     state, _ = run(update, before, batches_of(JOINS))
     now = jax.tree.leaves([state.params["body"], state.opt_state["body"], state.ema["body"]])
     assert all(one is other and not one.is_deleted() for one, other in zip(mine, now, strict=True))
-    assert before.params["head"]["w"].is_deleted()
+    assert params["head"]["w"].is_deleted()
     state, _ = run(update, state, batches_of(1))
-    assert before.params["body"]["w"].is_deleted()
+    assert params["body"]["w"].is_deleted()
     assert (int(state.ema["body"].steps), int(state.ema["head"].steps)) == (1, JOINS + 1)
 
 

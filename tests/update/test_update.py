@@ -385,8 +385,7 @@ def test_a_target_network_by_after_is_exact_and_may_start_as_its_source():
         target = jax.tree.map(lambda t, c: jnp.where(step % 2 == 0, c, t), params["target"], params["critic"])
         return params | {"target": target}, model_state
 
-    with pytest.warns(UserWarning, match="are one array"):
-        parts = ft.partition(params, {"critic": "critic", "target": "target"})
+    parts = ft.partition(params, {"critic": "critic", "target": "target"})
     optim = ft.Optimizer(parts, {"critic": optax.sgd(0.1), "target": ft.FROZEN})
     update = ft.make_update(loss_fn, optim, after=copy_every_other)
     for copy in (True, False):
@@ -495,3 +494,18 @@ def test_counters_of_another_size_compile_nothing_and_change_no_bit():
         sizes.append(program.jitted._cache_size())
     assert states[0] == states[1] == states[2]
     assert sizes == [1, 1, 1]
+
+
+def test_a_weight_that_is_known_when_traced_is_no_output_of_the_program():
+    """An output costs at each call."""
+    params, (batch,) = linear_params(), batches_of(1)
+
+    def outputs(weight):
+        def weighted(params, batch):
+            return ft.Loss(loss_fn(params, batch), weight=weight(batch))
+
+        update = ft.make_update(weighted, optimizer_of(params))
+        return len(jax.tree.leaves(update.lower(update.init(params), batch).out_info))
+
+    known, computed = outputs(len), outputs(lambda batch: jnp.sum(batch != 0))
+    assert computed == known + 1

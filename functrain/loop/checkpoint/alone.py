@@ -12,11 +12,11 @@ from functrain.loop.checkpoint.folder import Folder
 from functrain.loop.checkpoint.leaves import leaf_spec
 from functrain.loop.checkpoint.retention import Retention
 from functrain.loop.checkpoint.storage import Storage
-from functrain.loop.warn import warn
 from functrain.tree.arrays import committed_sharding
 from functrain.tree.paths import flatten, unflatten
 from functrain.tree.rest import apart
 from functrain.tree.text import listed_lines
+from functrain.tree.warn import warn
 
 
 def load_params(

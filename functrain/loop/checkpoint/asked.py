@@ -9,6 +9,7 @@ from functrain.loop.checkpoint.contents import Contents
 from functrain.loop.checkpoint.leaves import COUNTERS, WINDOW, leaf_spec, named_fields, named_leaves
 from functrain.optim.describe import Makeup, changed, outlines
 from functrain.tree.arrays import committed_sharding, replicated_over
+from functrain.update.packed import as_it_was
 from functrain.update.state import TrainState
 
 
@@ -39,7 +40,8 @@ class Asked:
 
     @classmethod
     def of(cls, like: TrainState) -> Self:
-        """Looks at a state once."""
+        """Looks at a state once, which may be one that was consumed."""
+        like = as_it_was(like)
         leaves = named_leaves(like)
         return cls(
             fields=named_fields(like),

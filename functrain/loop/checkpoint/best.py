@@ -7,7 +7,7 @@ from typing import Any
 from functrain.errors import CheckpointError
 from functrain.loop.checkpoint.folder import Folder
 from functrain.loop.checkpoint.retention import Retention
-from functrain.loop.warn import warn
+from functrain.tree.warn import warn
 
 
 def best_in(folder: Folder, retention: Retention, metric: str | None) -> Path | None:

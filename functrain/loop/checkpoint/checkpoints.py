@@ -26,8 +26,9 @@ from functrain.loop.checkpoint.staging import Staging
 from functrain.loop.checkpoint.storage import Storage
 from functrain.loop.checkpoint.writer import Writer
 from functrain.loop.every import Every
-from functrain.loop.warn import warn
 from functrain.tree.text import listed_lines
+from functrain.tree.warn import warn
+from functrain.update.consumed import check_not_deleted
 from functrain.update.state import TrainState
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/.*")
@@ -66,7 +67,7 @@ class Checkpoints:
       lock: False on a file system without locks, where you see to it that one process writes at a time.
 
     Raises:
-      CheckpointError: a directory that is an address of remote storage, or an option that is none of these.
+      CheckpointError: a directory that is a file or an address of remote storage, or an option that is none of these.
     """
 
     def __init__(
@@ -109,9 +110,11 @@ class Checkpoints:
 
         Raises:
           SaveError: it could not be written.
-          CheckpointError: another process writes to the folder, `data` or `extra` is not what JSON can hold, or the
-            metrics of a pending window have no names.
+          CheckpointError: what is no `TrainState`, another process writes to the folder, `data` or `extra` is not what
+            JSON can hold, or the metrics of a pending window have no names.
+          UpdateError: an update has consumed the state.
         """
+        leaves = _leaves_to_save(state)
         self.open()
         with contextlib.suppress(SaveError):
             self.wait()
@@ -121,7 +124,6 @@ class Checkpoints:
             return
         if self._writer.failure is not None:
             warn(f"{self._writer.failure}; saving again now")
-        leaves = named_leaves(state)
         self._writer.write(
             name,
             leaves,
@@ -230,6 +232,7 @@ class Checkpoints:
           CheckpointError: a checkpoint does not fit `like` (says what differs), or the one asked for is not there, or
             damaged.
         """
+        _check_state(like, "restore(like=update.abstract(params))")
         with contextlib.suppress(SaveError):  # The next save tells.
             self.wait()
         asked, finder = Asked.of(like), Finder(self._folder, self._set_aside)
@@ -281,3 +284,20 @@ class Checkpoints:
         if self._lock.is_held:
             self._staging.close()
         self._lock.release()
+
+
+def _leaves_to_save(state: TrainState) -> dict[str, Any]:
+    """The leaves of a state by name, all of them there."""
+    _check_state(state, "save(state)")
+    leaves = named_leaves(state)
+    check_not_deleted([*leaves.values()])
+    return leaves
+
+
+def _check_state(state: object, call: str) -> None:
+    """Raises for what is no state of an update."""
+    if not isinstance(state, TrainState):
+        raise CheckpointError(
+            f"checkpoints are of a TrainState, not of a {type(state).__name__}: checkpoints.{call}, with state ="
+            " update.init(params) or what update(state, batch) returns; ft.load_params reads the params alone"
+        )

@@ -73,9 +73,15 @@ class Folder:
 
     A folder is one if there is a manifest of it, or if it holds what is in every checkpoint. What is only called as
     one is somebody else's.
+
+    Raises:
+      CheckpointError: there can be none, as a file is in its place.
     """
 
     def __init__(self, directory: Path) -> None:
+        there = next((path for path in (directory, *directory.parents) if os.path.lexists(path)), directory)
+        if os.path.isfile(there):
+            raise CheckpointError(f"{there} is a file: give a folder, such as {there.with_suffix('')}-checkpoints")
         self.directory = directory
         self._is_made = False
 

@@ -9,7 +9,7 @@ from functrain.loop.checkpoint import manifest
 from functrain.loop.checkpoint.folder import Folder
 from functrain.loop.checkpoint.retention import Retention
 from functrain.loop.checkpoint.staging import Staging
-from functrain.loop.warn import warn
+from functrain.tree.warn import warn
 
 
 def retain(folder: Folder, staging: Staging, retention: Retention, newest: str) -> None:

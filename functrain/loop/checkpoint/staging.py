@@ -14,7 +14,7 @@ from typing import Any
 
 from functrain.loop.checkpoint import manifest
 from functrain.loop.checkpoint.durable import sync, sync_tree
-from functrain.loop.warn import warn
+from functrain.tree.warn import warn
 
 OWN = ".functrain"
 _TRIES, _PAUSE = 20, 0.02  # Seconds.

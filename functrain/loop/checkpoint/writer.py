@@ -13,7 +13,7 @@ from functrain.errors import SaveError
 from functrain.loop.checkpoint.contents import Contents
 from functrain.loop.checkpoint.staging import Staging
 from functrain.loop.checkpoint.storage import Storage
-from functrain.loop.warn import warn
+from functrain.tree.warn import warn
 
 
 class Writer:

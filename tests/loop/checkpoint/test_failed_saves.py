@@ -161,9 +161,9 @@ def test_who_may_not_write_gets_an_error_and_may_still_read_what_is_sound():
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_at_once(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(SaveError, match=says(str(tmp_path / "file/runs"), "can't be written to")):
-        ft.Checkpoints(tmp_path / "file/runs").save(updated(0)[2])
+    (tmp_path / "runs").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(SaveError, match=says(str(tmp_path / "runs"), "can't be written to")):
+        ft.Checkpoints(tmp_path / "runs").save(updated(0)[2])
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -1,0 +1,79 @@
+"""Microbatches have the loss of the whole batch where that is a mean over examples; where it is not, `fit` warns."""
+
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import functrain as ft
+
+PARAMS = {"w": jnp.array([[1.0, -0.5, 0.2], [0.3, 1.0, -1.0]])}
+X = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+
+
+def mean(params, batch):
+    weight = batch["weight"].sum()
+    return ft.Loss(jnp.sum(batch["weight"] * jnp.sum((batch["x"] @ params["w"]) ** 2, axis=1)) / weight, weight=weight)
+
+
+def summed(params, batch):
+    return ft.Loss(jnp.sum((batch["x"] @ params["w"]) ** 2), weight=len(batch["x"]))
+
+
+def contrastive(params, batch):
+    found = batch["x"] @ params["w"]
+    return {"pairs": -jnp.mean(jnp.diag(jax.nn.log_softmax(found @ found.T)))}
+
+
+def random(params, batch, key):
+    return ft.Loss(mean(params, batch).value * jax.random.uniform(key))
+
+
+def warned(loss_fn, key=None, per_example=None, **options):
+    """What is said in a run of two epochs, with two slices a batch, or with each example by itself."""
+    optim = ft.Optimizer(ft.partition(PARAMS, {"all": ...}), {"all": optax.sgd(1e-3)})
+    apart = {"microbatches": 2} if per_example is None else {"per_example": per_example}
+    update = ft.make_update(loss_fn, optim, **apart)
+    data = [{"x": X, "weight": np.arange(1.0, 9.0, dtype=np.float32)}] * 2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ft.fit(update, update.init(PARAMS, key=key), data, epochs=2, **options)
+    assert all(each.filename == __file__ for each in caught)
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize(("loss_fn", "key"), [(mean, None), (random, jax.random.key(0))])
+def test_a_mean_over_examples_and_what_can_not_be_told_are_not_told_of(loss_fn, key):
+    assert not warned(loss_fn, key)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "options"),
+    [(summed, {}), (contrastive, {}), (ft.alternate(ft.Phase("pull", contrastive, parts="all")), {"unroll": 2})],
+)
+def test_a_loss_that_is_no_mean_over_examples_is_told_once_with_both_values(loss_fn, options):
+    (told,) = warned(loss_fn, **options)
+    of, name = (summed, "loss") if loss_fn is summed else (contrastive, "pairs")
+    numbers = re.fullmatch(
+        f"microbatches=2 computes another loss than the whole batch has: of a slice {of.__name__} returns the '{name}'"
+        " (.*), of the same twice (.*), so that it is no mean over examples; write microbatches=1, or return a sum"
+        r" as a mean, ft.Loss\(sum / count, weight=count\)",
+        told,
+    )
+    losses = (of(PARAMS, {"x": examples}) for examples in (X[::2], np.concatenate([X[::2]] * 2)))
+    expected = [each.value if of is summed else each["pairs"] for each in losses]
+    np.testing.assert_allclose([*map(float, numbers.groups())], expected, rtol=1e-4)  # Six digits are told.
+
+
+def test_a_loss_of_pairs_of_which_each_example_is_taken_by_itself_is_told():
+    (told,) = warned(contrastive, per_example=lambda grads: grads)
+    assert "has the loss of each of the 8 examples by itself, which is not that of the batch" in told
+    assert re.search(
+        r"of one contrastive returns the 'pairs' -?0, of the same twice 0.69\d+, so that it is no mean", told
+    )
+    assert "give each example what it is compared with (its own negatives)" in told
+    assert not warned(mean, per_example=lambda grads: grads)
