@@ -73,7 +73,10 @@ def make_losses(loss_fn: Callable[..., Any]) -> Callable[..., tuple[dict[str, An
         values = context._asdict()
         given = {name: values[name] for name, required in accepted.items() if required or values[name] is not None}
         if absent := [name for name in given if given[name] is None]:
-            raise LossError(f"{name_of(loss_fn)} declares {listed(absent)}: call train_step(..., {absent[0]}=...)")
+            other = "give its phase same_batch=True" if absent[0] == "before" else f"ft.audit(..., {absent[0]}=...)"
+            raise LossError(
+                f"{name_of(loss_fn)} declares {listed(absent)}: call train_step(..., {absent[0]}=...), or {other}"
+            )
         # Flax NNX refuses Variables that were made outside of the function that is differentiated.
         inner = {name: jax.tree.map(lambda leaf: leaf, value) for name, value in given.items()}
         try:
@@ -90,6 +93,11 @@ def make_losses(loss_fn: Callable[..., Any]) -> Callable[..., tuple[dict[str, An
 
 def accepted_context(loss_fn: Callable[..., Any]) -> dict[str, bool]:
     """The arguments beyond params and batch that a loss function takes, and whether it requires them."""
+    if not callable(loss_fn):
+        raise LossError(
+            f"{loss_fn!r} is no loss function: give loss_fn(params, batch); several take turns with"
+            " ft.alternate(ft.Phase(name, loss_fn, parts), ...)"
+        )
     parameters = inspect.signature(loss_fn).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     known = listed(Context._fields)

@@ -28,7 +28,11 @@ def compile_for(
     kind = "scan" if batch is None else "batch"
     if kind in run.compiled:
         return
+    is_first = not run.compiled
     run.compiled.add(kind)
+    if scan is not None and _leaves_single(run, scan):
+        run.compiled.add("batch")
+        batch = jax.tree.map(lambda leaf: leaf[0], scan)
     end = _most_steps(run, epochs=epochs, steps=steps)
     if log.updates is None:
         measures = log.minutes is not None
@@ -37,8 +41,14 @@ def compile_for(
     is_cut_short = (run.reader.batches_an_epoch or 0) % run.update.accumulate > 0
     run.update.compile(run.state, batch, scan=scan, measured=measures, flush=is_cut_short, until=end)
     options = run.update.options
-    if (options.microbatches > 1 or options.per_example is not None) and len(run.compiled) == 1:
+    if (options.microbatches > 1 or options.per_example is not None) and is_first:
         tell_of_no_mean(run.update, run.state, jax.tree.map(lambda leaf: leaf[0], scan) if batch is None else batch)
+
+
+def _leaves_single(run: Run, scan: Any) -> bool:
+    """Whether an epoch has batches that no scan takes."""
+    batches = run.reader.batches_an_epoch
+    return batches is not None and batches % len(jax.tree.leaves(scan)[0]) > 0
 
 
 def _most_steps(run: Run, *, epochs: int | None, steps: int | None) -> int | None:

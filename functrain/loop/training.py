@@ -147,11 +147,16 @@ def _is_over(run: Run, plan: Plan, signals: StopSignals) -> bool:
 
 
 def _next_count(run: Run, plan: Plan) -> int:
-    """How many batches the next update takes: of a scan all; 1 if a window is pending, or the end or a stage before."""
-    if plan.unroll == 1 or int(run.state.pending):
+    """How many batches the next update takes: of a scan all; 1 if a window is pending, or the end or a stage before.
+
+    A scan begins with a cycle of phases, so that there is one program of it.
+    """
+    schedule = run.update.schedule
+    is_within = schedule.alternates and run.step % sum(map(len, schedule.cycle)) > 0
+    if plan.unroll == 1 or int(run.state.pending) or is_within:
         return 1
     count = run.update.cycle * plan.unroll
-    turns = run.update.schedule.turns(run.step, count // run.update.accumulate)
+    turns = schedule.turns(run.step, count // run.update.accumulate)
     is_too_far = plan.steps is not None and run.step + sum(map(len, turns)) > plan.steps
     return 1 if is_too_far or joins_within(run.update.optim, run.step, turns) is not None else count
 

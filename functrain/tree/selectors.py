@@ -147,6 +147,7 @@ def mask(selector: Selector, *, invert: bool = False) -> Callable[[PyTree], PyTr
         takes = matcher(of_tree)
         return unflatten({path: takes(path, leaf) != invert for path, leaf in flat.items()}, like=tree)
 
+    of.__name__ = of.__qualname__ = f"ft.mask({describe(selector)}{', invert=True' if invert else ''})"
     return of
 
 
@@ -161,6 +162,8 @@ def unmatched(selector: Selector, flat: Flat) -> str | None:
         return None
     if not flat:
         return "there is no leaf left to take"
+    if selector == "...":
+        return "no leaf matches '...' in quotes: write ... without them for all that is left"
     if isinstance(selector, str):
         return f"no leaf matches {selector!r}; {_nearest(selector, flat)}"
     if isinstance(selector, re.Pattern) and (found := next((path for path in flat if selector.search(path)), None)):
@@ -202,7 +205,9 @@ def _glob(selector: str) -> Callable[[str], bool]:
 def _nearest(selector: str, flat: Flat) -> str:
     """The subtrees whose names come nearest to a string that matches nothing, as a question."""
     subtrees = _subtrees(flat)
-    spelt = [selector.replace(".", "/").strip("/"), f"**/{selector}"]  # As an attribute is; without what it is in.
+    # As an attribute is; without what it is in; with one name for several.
+    deep = "/".join("**" if name == "*" else name for name in selector.split("/"))
+    spelt = [selector.replace(".", "/").strip("/"), f"**/{selector}", deep]
     if found := [each for each in spelt if each != selector and _count(each, flat)]:
         close = found[:1]
     else:

@@ -1,12 +1,14 @@
 """The programs of an update: what each kind of call compiles, consumes and returns, and where they are kept."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import LossError, PhaseError
@@ -131,7 +133,7 @@ class Program:
 
         def run(consumed: Any, read: Any, batch: Any, settings: Settings | None) -> tuple[list[Any], Any, Metrics, Any]:
             self._see(batch)
-            with names_of_arguments(lambda: self._names(batch, settings)):
+            with names_of_arguments(lambda: self._names(batch, settings)), _told_of_scan(call, batch):
                 state, found = body(self.join(consumed, read), batch, settings)
             leaves, window = packed_leaves(state), state.window
             if window is not None and grads is not None and step.options.by_loss:
@@ -236,6 +238,21 @@ class Programs:
                 f"{name_of(self._phases[index].loss_fn)} returned the losses {listed(names)}, and before"
                 f" {listed(before)}: return the same names in every call, a constant 0.0 where one does not apply"
             )
+
+
+@contextlib.contextmanager
+def _told_of_scan(call: Call, batches: Any) -> Iterator[None]:
+    """Adds to an error of a scan what it takes each batch to be: one that was not stacked has lost its examples."""
+    try:
+        yield
+    except Exception as error:
+        if call.kind == "scan":
+            shapes = {path: jnp.shape(leaf)[1:] for path, leaf in flatten(batches).items()}
+            error.add_note(
+                f"update.scan takes the leading axis as that of the batches, so that each has the shapes {shapes}:"
+                " batches are stacked, jax.tree.map(lambda *leaves: np.stack(leaves), *batches)"
+            )
+        raise
 
 
 def _changed(steps: Sequence[Step], call: Call, form: Form) -> list[int]:

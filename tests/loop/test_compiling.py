@@ -14,7 +14,7 @@ def made(**options):
     return ft.make_update(loss_fn, optim_of(), **options)
 
 
-def compiled_in(update, **options):
+def compiled_in(update, batches_an_epoch=4, **options):
     """The programs of the update that a run compiles before its first step, and after it."""
 
     class First(ft.Hook):
@@ -23,7 +23,7 @@ def compiled_in(update, **options):
 
     first = First()
     with compilations() as names:
-        ft.fit(*counted(update), log=ft.Every(updates=2), hooks=[first], progress=False, **options)
+        ft.fit(*counted(update, batches_an_epoch), log=ft.Every(updates=2), hooks=[first], progress=False, **options)
     short = [[name.removeprefix("jit(functrain_").removesuffix(")") for name in some if "functrain_" in name]
              for some in (names[: first.count], names[first.count :])]  # fmt: skip
     return sorted(short[0]), sorted(short[1])
@@ -42,6 +42,14 @@ def compiled_in(update, **options):
 def test_a_run_compiles_what_it_will_need_before_its_first_step(accumulate, options, expected):
     before, after = compiled_in(made(accumulate=accumulate), **options)
     assert (before, after) == (expected, [])
+
+
+def test_scans_of_phases_are_one_program_and_what_they_leave_over_is_compiled_with_them():
+    """Of 8 batches an epoch two cycles of 3 are taken at once, so that epochs begin anywhere in a cycle."""
+    head, body = ft.Phase("head", loss_fn, "head", repeat=2), ft.Phase("body", loss_fn, "body")
+    update = ft.make_update(ft.alternate(head, body), optim_of())
+    before, after = compiled_in(update, 8, epochs=4, unroll=2)
+    assert (before, after) == (["scan", "scan", "whole", "whole", "whole", "whole"], [])
 
 
 def test_an_unrolled_run_logs_norms_by_part():

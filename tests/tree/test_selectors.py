@@ -294,3 +294,17 @@ def test_a_mask_is_a_tree_of_booleans_of_the_trees_own_type(name):
         masked = ft.mask(lambda other, leaf: other == path, invert=invert)(tree)
         assert jax.tree.structure(masked) == jax.tree.structure(tree)
         assert ft.flatten(masked) == {other: (other == path) != invert for other in ft.flatten(tree)}
+
+
+@pytest.mark.parametrize(
+    ("selector", "advice"),
+    [("...", "write ... without them"), ("blocks/*/kernel", r"did you mean 'blocks/\*\*/kernel' \(2 leaves\)\?")],
+)
+def test_what_was_nearly_said_is_suggested(selector, advice):
+    params = {"blocks": {"0": {"qkv": {"kernel": 1.0}, "out": {"kernel": 1.0}}}, "head": 1.0}
+    with pytest.raises(ft.PartitionError, match=advice):
+        ft.partition(params, {"mine": selector, "rest": ...})
+
+
+def test_a_mask_says_what_it_takes():
+    assert ft.mask(["**/bias", "norm"], invert=True).__name__ == "ft.mask(['**/bias', 'norm'], invert=True)"

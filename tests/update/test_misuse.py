@@ -223,3 +223,22 @@ def test_batch_statistics_that_are_model_state_are_not_told_of(recwarn):
     each = ft.make_update(loss_fn, ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.sgd(0.1)}))
     each(each.init(params, model_state=VARIABLES["batch_stats"]), jnp.ones((3, 2)))
     assert not recwarn
+
+
+def test_batches_that_are_not_stacked_are_told_beside_the_error_of_the_loss_function():
+    def loss_fn(params, batch):
+        return jnp.sum(params["head"] * batch["x"][:, 0])
+
+    params = {"head": jnp.ones(())}
+    optim = ft.Optimizer(ft.partition(params, {"head": ...}), {"head": optax.sgd(0.1)})
+    update = ft.make_update(loss_fn, optim)
+    with pytest.raises(IndexError) as raised:
+        update.scan(update.init(params), {"x": jnp.ones((32, 4))})
+    assert "so that each has the shapes {'x': (4,)}: batches are stacked" in raised.value.__notes__[0]
+
+
+def test_several_loss_functions_are_an_error_that_names_phases():
+    params = {"head": jnp.ones(())}
+    optim = ft.Optimizer(ft.partition(params, {"head": ...}), {"head": optax.sgd(0.1)})
+    with pytest.raises(ft.LossError, match=r"is no loss function: .* several take turns with ft.alternate"):
+        ft.make_update([lambda params, batch: 0.0] * 2, optim)
