@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functrain.loop.checkpoint.leaves import COUNTERS, key_kinds, shape_dtype
+from functrain.loop.checkpoint.leaves import COUNTERS, key_kinds
 from functrain.loop.checkpoint.packs import packed, packed_on_host, platform
+from functrain.loop.checkpoint.specs import shape_dtype
 
 
 class Copy(NamedTuple):
