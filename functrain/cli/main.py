@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"functrain {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     run = "the folder of a run, or of its checkpoints"
+    lists = "lists checkpoints: when, bytes by part, results, sound or not"
+    checkpoints = _command(commands, "checkpoints", lists, "functrain checkpoints runs/digits")
+    checkpoints.add_argument("run", metavar="DIR", help=run)
     verify = _command(commands, "verify", "compares every file of every checkpoint with its checksum",
                       "functrain verify runs/digits && ./train_on.sh", one="damage or no checksums")  # fmt: skip
     verify.add_argument("run", metavar="DIR", help=run)
