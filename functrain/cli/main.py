@@ -59,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"functrain {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     run = "the folder of a run, or of its checkpoints"
+    show = _command(commands, "show", "shows a run: what was trained, how far it came, results, curves, checkpoints",
+                    "functrain show runs/digits")  # fmt: skip
+    show.add_argument("run", metavar="RUN", help=run)
+    show.add_argument("--all", action="store_true", help="every number of the log as a curve: rates, norms, speed")
     lists = "lists checkpoints: when, bytes by part, results, sound or not"
     checkpoints = _command(commands, "checkpoints", lists, "functrain checkpoints runs/digits")
     checkpoints.add_argument("run", metavar="DIR", help=run)

@@ -15,10 +15,11 @@ NON_FINITE = {spelled: float(name) for name, spelled in SPELLED.items()}
 
 
 class Lines(NamedTuple):
-    """The lines of a log: those that are rows, and by its number each that is none."""
+    """The lines of a log: those that are rows, by its number each that is none, and what is torn of the last one."""
 
     rows: list[tuple[bytes, dict[str, Any]]]
     damaged: dict[int, bytes]
+    torn: bytes = b""
 
     def told(self, path: object) -> str:
         """What is damaged, for a warning."""
@@ -43,7 +44,7 @@ def lines_of(path: Path, written: bytes) -> Lines:
         raise LogError(
             f"{path} is no log: line {number} is no row, {_shown(line)}; delete it, or give the logger another file"
         )
-    return Lines(rows, damaged)
+    return Lines(rows, damaged, last if is_torn else b"")
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def trained(directory, *, seed, epochs=4):
     x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
     data = ft.from_arrays({"x": x, "y": x @ np.float32([1, -2, 3])}, batch_size=4, seed=seed)
     parts = ft.partition(PARAMS, {"body": "body", "head": "head"})
-    optim = ft.Optimizer(parts, {"body": ft.with_lr(optax.adamw, 0.1), "head": ft.with_lr(optax.sgd, 0.1)})
+    optim = ft.Optimizer(parts, {"body": ft.with_lr(optax.adamw, 0.01), "head": ft.with_lr(optax.sgd, 0.01)})
     update = ft.make_update(loss_fn, optim)
     evaluation = ft.Evaluation(lambda params, batch: {"loss": loss_fn(params, batch)}, data)
     checkpoints = ft.Checkpoints(directory, keep_last=2, keep_best="valid/loss")

@@ -13,7 +13,7 @@ import functrain as ft
 from functrain.cli.main import main
 
 ROOT = Path(ft.__file__).parent.parent
-COMMANDS = ("checkpoints", "verify")
+COMMANDS = ("show", "checkpoints", "verify")
 
 
 def started(*arguments, **options):
