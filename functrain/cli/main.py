@@ -69,6 +69,18 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", "compares every file of every checkpoint with its checksum",
                       "functrain verify runs/digits && ./train_on.sh", one="damage or no checksums")  # fmt: skip
     verify.add_argument("run", metavar="DIR", help=run)
+    one = "a checkpoint, or a run, of which it is the newest sound one"
+    diff = _command(commands, "diff", "compares two checkpoints by part and leaf: norms of the differences",
+                    "functrain diff runs/digits/12 runs/digits/16", one="they differ")  # fmt: skip
+    diff.add_argument("a", metavar="A", help=one)
+    diff.add_argument("b", metavar="B", help=one)
+    diff.add_argument("--all", action="store_true", help="optimizer states, model state and averages too")
+    export = _command(commands, "export", "writes the parameters of a checkpoint as safetensors, by their paths",
+                      "functrain export runs/digits body.safetensors --part body")  # fmt: skip
+    export.add_argument("checkpoint", metavar="CKPT", help=one)
+    export.add_argument("out", metavar="OUT", help="the file to write")
+    export.add_argument("--part", action="append", help="this part alone; may be given several times")
+    export.add_argument("--force", action="store_true", help="replace a file that is there")
     return parser
 
 

@@ -13,7 +13,7 @@ import functrain as ft
 from functrain.cli.main import main
 
 ROOT = Path(ft.__file__).parent.parent
-COMMANDS = ("show", "checkpoints", "verify")
+COMMANDS = ("show", "checkpoints", "verify", "diff", "export")
 
 
 def started(*arguments, **options):
