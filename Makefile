@@ -2,7 +2,7 @@
 #
 #   make test              everything: lint, types, all tests. What to run before a change is handed on.
 #   make check ROOM=optim  in half a minute: lint, types, and of one room (tree, gradients, optim, update, auditing,
-#                          loop) the examples in its docstrings and its tests, without those that are marked slow.
+#                          loop, cli) the examples in its docstrings and its tests, without those that are marked slow.
 #   make soak, make bench  runs attacked at every operation on files, laws drawn 160 to 600 times; what things cost.
 PYTHON ?= python3
 BIN = .venv/bin

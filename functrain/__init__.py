@@ -6,7 +6,6 @@ A pure `train_step` returns gradients; a partition splits them by path; each par
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from functrain.auditing.audit import Audit, audit
 from functrain.errors import (
     AccumulationError,
     AuditError,
@@ -25,25 +24,12 @@ from functrain.errors import (
     SaveError,
     UpdateError,
 )
-from functrain.gradients.accumulation import Accumulated, accumulate, zeros
-from functrain.gradients.loss import Loss
-from functrain.gradients.train_step import make_train_step
-from functrain.optim.adoption import Adoption
-from functrain.optim.hyperparameters import with_lr, with_state
-from functrain.optim.optimizer import Optimizer
-from functrain.optim.transforms import FROZEN
-from functrain.tree.partition import Partition, partition
-from functrain.tree.paths import flatten, unflatten
-from functrain.tree.selectors import Selector, mask, non_float, take
-from functrain.update.make import make_update
-from functrain.update.phases import Alternation, Phase, alternate
-from functrain.update.precision import DynamicScale
-from functrain.update.state import TrainState
-from functrain.update.target import ema
-from functrain.update.update import Update
-from functrain.update.window import Window
 
 if TYPE_CHECKING:
+    from functrain.auditing.audit import Audit, audit
+    from functrain.gradients.accumulation import Accumulated, accumulate, zeros
+    from functrain.gradients.loss import Loss
+    from functrain.gradients.train_step import make_train_step
     from functrain.loop.checkpoint.alone import load_model_state, load_params
     from functrain.loop.checkpoint.checkpoints import Checkpoints
     from functrain.loop.checkpoint.reading import Restored
@@ -58,6 +44,20 @@ if TYPE_CHECKING:
     from functrain.loop.run import Run
     from functrain.loop.signals import StopSignals
     from functrain.loop.sweep import Sweep, lr_sweep
+    from functrain.optim.adoption import Adoption
+    from functrain.optim.hyperparameters import with_lr, with_state
+    from functrain.optim.optimizer import Optimizer
+    from functrain.optim.transforms import FROZEN
+    from functrain.tree.partition import Partition, partition
+    from functrain.tree.paths import flatten, unflatten
+    from functrain.tree.selectors import Selector, mask, non_float, take
+    from functrain.update.make import make_update
+    from functrain.update.phases import Alternation, Phase, alternate
+    from functrain.update.precision import DynamicScale
+    from functrain.update.state import TrainState
+    from functrain.update.target import ema
+    from functrain.update.update import Update
+    from functrain.update.window import Window
 
 __version__ = "0.2.0"
 
@@ -135,42 +135,72 @@ __all__ = [
     "zeros",
 ]
 
-# The loop stands on Orbax and Grain, which take a second to import: what is of it is imported when it is asked for.
+# JAX takes a second to import, and Orbax and Grain another one: what is made of them is imported when it is asked for.
 _LAZY = {
+    "Accumulated": "functrain.gradients.accumulation",
+    "Adoption": "functrain.optim.adoption",
+    "Alternation": "functrain.update.phases",
+    "Audit": "functrain.auditing.audit",
     "Checkpoints": "functrain.loop.checkpoint.checkpoints",
     "ConfusionMatrix": "functrain.loop.metrics",
     "Data": "functrain.loop.data",
+    "DynamicScale": "functrain.update.precision",
     "EarlyStopping": "functrain.loop.hooks",
     "Evaluation": "functrain.loop.evaluation",
     "Every": "functrain.loop.every",
+    "FROZEN": "functrain.optim.transforms",
     "Hook": "functrain.loop.hooks",
     "JsonLines": "functrain.loop.logs",
     "Logger": "functrain.loop.logs",
+    "Loss": "functrain.gradients.loss",
     "Metric": "functrain.loop.metrics",
     "OnHost": "functrain.loop.metrics",
+    "Optimizer": "functrain.optim.optimizer",
+    "Partition": "functrain.tree.partition",
+    "Phase": "functrain.update.phases",
     "ReduceOnPlateau": "functrain.loop.plateau",
     "Restored": "functrain.loop.checkpoint.reading",
-    "load_model_state": "functrain.loop.checkpoint.alone",
-    "load_params": "functrain.loop.checkpoint.alone",
-    "lr_sweep": "functrain.loop.sweep",
     "Result": "functrain.loop.fit",
     "Run": "functrain.loop.run",
+    "Selector": "functrain.tree.selectors",
     "StopSignals": "functrain.loop.signals",
     "Sweep": "functrain.loop.sweep",
     "TensorBoard": "functrain.loop.logs",
     "TopK": "functrain.loop.metrics",
+    "TrainState": "functrain.update.state",
+    "Update": "functrain.update.update",
+    "Window": "functrain.update.window",
+    "accumulate": "functrain.gradients.accumulation",
+    "alternate": "functrain.update.phases",
+    "audit": "functrain.auditing.audit",
+    "ema": "functrain.update.target",
     "fit": "functrain.loop.fit",
+    "flatten": "functrain.tree.paths",
     "from_arrays": "functrain.loop.data",
     "from_tfds": "functrain.loop.data",
+    "load_model_state": "functrain.loop.checkpoint.alone",
+    "load_params": "functrain.loop.checkpoint.alone",
+    "lr_sweep": "functrain.loop.sweep",
+    "make_train_step": "functrain.gradients.train_step",
+    "make_update": "functrain.update.make",
+    "mask": "functrain.tree.selectors",
+    "non_float": "functrain.tree.selectors",
+    "partition": "functrain.tree.partition",
     "read_json_lines": "functrain.loop.logs",
+    "take": "functrain.tree.selectors",
+    "unflatten": "functrain.tree.paths",
+    "with_lr": "functrain.optim.hyperparameters",
+    "with_state": "functrain.optim.hyperparameters",
+    "zeros": "functrain.gradients.accumulation",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'functrain' has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'functrain' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return found
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_LAZY]
+    return sorted({*globals(), *_LAZY})

@@ -11,7 +11,16 @@ import pytest
 import functrain
 
 HOUSE = Path(functrain.__file__).parent
-FLOORS = ["errors", "tree", "gradients optim", "update", "auditing", "loop", "functrain"]  # From the ground up.
+FLOORS = [
+    "errors",
+    "tree",
+    "gradients optim",
+    "update",
+    "auditing",
+    "loop",
+    "cli",
+    "functrain __main__",
+]  # From the ground up.
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 
@@ -57,6 +66,7 @@ def test_arrows_go_down_and_nothing_is_a_circle():
         ("tree/paths.py", "from functrain.optim.optimizer import Optimizer"),  # Upwards,
         ("optim/states.py", "from functrain.gradients import loss"),  # to a room beside it,
         ("update/step.py", "def late():\n    import functrain.loop.fit"),  # from the core to the loop,
+        ("loop/fit.py", "from functrain.cli import main"),  # from the loop to what reads its files,
         ("loop/run.py", "if TYPE_CHECKING:\n    from functrain.loop.hooks import Hook"),  # in a circle, for types,
         ("loop/checkpoint/folder.py", "from functrain.loop.reader import Reader"),  # or to the rest of the loop.
     ],

@@ -28,6 +28,8 @@ IMPORTED = (
     "optax",
     "functrain.loop.fit",
     "functrain.loop.data",
+    "functrain.update.make",
+    "functrain.update.target",
     "grain",
     "orbax.checkpoint",
     "flax.nnx",

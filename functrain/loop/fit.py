@@ -19,6 +19,7 @@ from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
 from functrain.loop.given import check_given, check_results
 from functrain.loop.hooks import EarlyStopping, Hook, Hooks
+from functrain.loop.lines import LOG
 from functrain.loop.logs import JsonLines, Logger
 from functrain.loop.progress import progress_shown
 from functrain.loop.reader import Reader
@@ -31,8 +32,6 @@ from functrain.update.consumed import check_not_deleted
 from functrain.update.packed import as_it_was
 from functrain.update.state import TrainState
 from functrain.update.update import Update
-
-_LOG = "log.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +201,8 @@ def _start_anew(checkpoints: Checkpoints | None) -> None:
     if checkpoints is None:
         raise FitError("fresh=True starts anew where there are checkpoints: give checkpoints=, or leave it out")
     if (aside := checkpoints.start_anew()) is not None and jax.process_index() == 0:
-        if (log := checkpoints.directory / _LOG).exists():
-            log.rename(aside / _LOG)
+        if (log := checkpoints.directory / LOG).exists():
+            log.rename(aside / LOG)
         print(f"a new run begins; what was in {checkpoints.directory} is kept in {aside}")
 
 
@@ -253,7 +252,7 @@ def _tell_regrouped(restored: Restored | None) -> None:
 
 def _rows(loggers: Sequence[Logger], checkpoints: Checkpoints | None, *, log_last: bool) -> Rows:
     """Where numbers go: the first process writes them, to a log beside the checkpoints too; all find them there."""
-    path = checkpoints.directory / _LOG if checkpoints else None
+    path = checkpoints.directory / LOG if checkpoints else None
     # It says what a run that goes on has logged: last, so that no other logger lacks what it has.
     of_first = [*loggers, *([] if path is None else [JsonLines(path)])]
     return Rows([] if jax.process_index() else of_first, path, log_last=log_last)

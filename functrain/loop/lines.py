@@ -1,11 +1,13 @@
 """The lines of a log in JSON: which are rows, and which are torn or damaged."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from functrain.errors import LogError
 
+LOG = "log.jsonl"  # What it is called in the folder of a run.
 _BEGIN = b'{"step": '  # Of every line.
 # By what Python calls them, and by what JSON's users do.
 SPELLED = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
@@ -13,10 +15,11 @@ NON_FINITE = {spelled: float(name) for name, spelled in SPELLED.items()}
 
 
 class Lines(NamedTuple):
-    """The lines of a log: those that are rows, and by its number each that is none."""
+    """The lines of a log: those that are rows, by its number each that is none, and what is torn of the last one."""
 
     rows: list[tuple[bytes, dict[str, Any]]]
     damaged: dict[int, bytes]
+    torn: bytes = b""
 
     def told(self, path: object) -> str:
         """What is damaged, for a warning."""
@@ -41,7 +44,17 @@ def lines_of(path: Path, written: bytes) -> Lines:
         raise LogError(
             f"{path} is no log: line {number} is no row, {_shown(line)}; delete it, or give the logger another file"
         )
-    return Lines(rows, damaged)
+    return Lines(rows, damaged, last if is_torn else b"")
+
+
+def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with NaN and the infinities as floats."""
+    return {name: NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
+
+
+def title(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two rows that say the same of the same moment have in common."""
+    return row["step"], row.get("epoch"), *sorted(row.keys() - {"time"})
 
 
 def _shown(line: bytes) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 
 from functrain.errors import LogError
 from functrain.loop.appending import Appending
-from functrain.loop.lines import NON_FINITE, SPELLED, lines_of
+from functrain.loop.lines import SPELLED, lines_of, numbers_of
 from functrain.loop.names import named_values
 from functrain.tree.warn import warn
 
@@ -253,10 +253,7 @@ def read_json_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     lines = lines_of(Path(path), Path(path).read_bytes())
     if lines.damaged:
         warn(lines.told(path))
-    return [
-        {name: NON_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
-        for _, row in lines.rows
-    ]
+    return [numbers_of(row) for _, row in lines.rows]
 
 
 def _append(path: Path, content: bytes) -> None:

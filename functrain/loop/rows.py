@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from functrain.loop.every import Moment
+from functrain.loop.lines import title
 from functrain.loop.logs import Logger, flattened, read_json_lines
 from functrain.loop.run import Run
 from functrain.loop.unfailing import Unfailing
@@ -37,14 +38,14 @@ class Rows:
             run.history = [{name: value for name, value in row.items() if name != "time"} for row in rows]
             # An epoch's end is no step: of its last step, the log may have what came after the checkpoint.
             here = [row for row in run.history if row["step"] == run.step]
-            self._written = {_title(row) for row in here}
+            self._written = {title(row) for row in here}
             if any(name.startswith("train/") for row in here for name in row):
                 self._trained = run.step
 
     def add(self, run: Run, numbers: Mapping[str, Any]) -> None:
         """Writes numbers of the step and epoch where the run stands, unless it wrote them before it was killed."""
         row = {"step": run.step, "epoch": run.epoch, **flattened(numbers)}
-        if _title(row) in self._written:
+        if title(row) in self._written:
             return
         run.history.append(row)
         for logger in self._loggers:
@@ -80,10 +81,6 @@ class Rows:
         """Closes the loggers."""
         for logger in self._loggers:
             logger.close()
-
-
-def _title(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["step"], row.get("epoch"), *sorted(row.keys() - {"time"})
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

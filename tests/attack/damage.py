@@ -7,7 +7,7 @@ from arena import BESIDE, rows
 from sweep import Attack
 from verdicts import damage_verdict
 
-from functrain.loop.checkpoint.storage import contents_file
+from functrain.loop.checkpoint.contents import contents_file
 
 LEFT_BEHIND = (".functrain", "orbax-checkpoint-tmp")  # What a killed process left is cleared, whatever is in it.
 MANIFEST = ".manifest.json"

@@ -1,15 +1,20 @@
 """Parameters without the optimizer that trained them: for inference, or to begin another run with."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from functrain.errors import CheckpointError
 from functrain.loop.checkpoint.asked import of_leaves
 from functrain.loop.checkpoint.best import best_in
+from functrain.loop.checkpoint.contents import Contents
 from functrain.loop.checkpoint.finding import Finder
 from functrain.loop.checkpoint.folder import Folder
 from functrain.loop.checkpoint.leaves import leaf_spec
+from functrain.loop.checkpoint.placement import HOST
 from functrain.loop.checkpoint.retention import Retention
 from functrain.loop.checkpoint.storage import Storage
 from functrain.tree.arrays import committed_sharding
@@ -17,6 +22,8 @@ from functrain.tree.paths import flatten, unflatten
 from functrain.tree.rest import apart
 from functrain.tree.text import listed_lines
 from functrain.tree.warn import warn
+
+_Read = TypeVar("_Read")
 
 
 def load_params(
@@ -64,17 +71,44 @@ def _load(field: str, directory: str | os.PathLike[str], like: Any, step: int | 
         step = best_in(folder, Retention(), best if isinstance(best, str) else None)
         if step is None:
             raise CheckpointError(f"no checkpoint in {folder.directory} has a finite value of what the best is kept by")
+    return _found(folder, step, lambda storage, checkpoint: _read(storage, checkpoint, field, like))[0]
+
+
+class Leaves(NamedTuple):
+    """Leaves of a checkpoint by name, on the host; which one it is, and what else it holds."""
+
+    checkpoint: Path
+    contents: Contents
+    named: dict[str, np.ndarray]
+
+
+def host_leaves(folder: Folder, step: int | Path | None, is_asked: Callable[[str], bool]) -> Leaves:
+    """Reads leaves of a checkpoint by name, as they were saved and on no device; random keys as what they consist of.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or it is damaged.
+    """
+
+    def read(storage: Storage, checkpoint: Path) -> Leaves:
+        contents = storage.contents(checkpoint)
+        places = dict.fromkeys(filter(is_asked, contents.specs), HOST)
+        return Leaves(checkpoint, contents, storage.leaves(checkpoint, contents, places, only=places))
+
+    return _found(folder, step, read)
+
+
+def _found(folder: Folder, step: int | Path | None, read: Callable[[Storage, Path], _Read]) -> _Read:
     storage = Storage()
     finder = Finder(folder, lambda checkpoint: checkpoint.name)
     try:
-        found = finder.found(step, lambda checkpoint: _read(storage, checkpoint, field, like))
+        found = finder.found(step, lambda checkpoint: read(storage, checkpoint))
     finally:
         storage.close()
         for text in finder.told:
             warn(text)
     if found is None:
         raise CheckpointError(f"there is no checkpoint in {folder.directory}: give the folder of a run's checkpoints")
-    return found[0]
+    return found
 
 
 def _read(storage: Storage, checkpoint: Path, field: str, like: Any) -> tuple[Any]:

@@ -13,7 +13,8 @@ import jax
 from functrain.errors import CheckpointError, SaveError
 from functrain.loop.checkpoint.asked import Asked
 from functrain.loop.checkpoint.best import best_in, is_best
-from functrain.loop.checkpoint.contents import Beside, Contents
+from functrain.loop.checkpoint.contents import Beside
+from functrain.loop.checkpoint.describing import contents_of
 from functrain.loop.checkpoint.finding import Finder
 from functrain.loop.checkpoint.folder import Folder
 from functrain.loop.checkpoint.housekeeping import move_all, retain, set_aside
@@ -127,7 +128,7 @@ class Checkpoints:
         self._writer.write(
             name,
             leaves,
-            Contents.of(state, leaves, beside),
+            contents_of(state, leaves, beside),
             summary={
                 "batches": int(state.batches),
                 "content": beside.checksum,

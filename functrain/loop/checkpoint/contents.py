@@ -7,18 +7,20 @@ import importlib.metadata
 import json
 import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
-import jax
-
 from functrain.errors import CheckpointError
-from functrain.loop.checkpoint.leaves import WINDOW, leaf_spec, window_containers
-from functrain.loop.checkpoint.packs import packs_of
-from functrain.update.state import TrainState
 
+ITEM = "facts"  # The folder that it is in.
 FORMAT = 3
 _READ = (2, FORMAT)  # In 2, every leaf is an array of its own.
 _PACKAGES = ("functrain", "jax", "optax", "orbax-checkpoint", "numpy")
+
+
+def contents_file(checkpoint: Path) -> Path:
+    """The file that holds the `Contents` of a checkpoint."""
+    return checkpoint / ITEM / "metadata"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,25 +79,6 @@ class Contents:
     optimizer_leaves: dict[str, int] = dataclasses.field(default_factory=dict)
     format: int = FORMAT
 
-    @classmethod
-    def of(cls, state: TrainState, named: Mapping[str, Any], beside: Beside) -> Self:
-        """Describes a state, with its leaves by name.
-
-        Raises:
-          CheckpointError: the metrics of a pending window have no names, or a leaf can't be stored.
-        """
-        specs = {name: leaf_spec(leaf) for name, leaf in named.items()}
-        return cls(
-            leaves={name: spec for name, spec in specs.items() if not name.startswith(WINDOW)},
-            window=window_containers(state.window),
-            window_leaves={name: spec for name, spec in specs.items() if name.startswith(WINDOW)},
-            packs=packs_of(named, specs),
-            configuration=json.loads(state.configuration),
-            beside=beside,
-            versions=_versions(),
-            optimizer_leaves={part: len(jax.tree.leaves(state.opt_state[part])) for part in sorted(state.opt_state)},
-        )
-
     @property
     def specs(self) -> dict[str, str]:
         """Shape and dtype of every leaf."""
@@ -104,7 +87,7 @@ class Contents:
     @property
     def is_of_this_optax(self) -> bool:
         """Whether it was written with the optax that is here: in another, a transform may be made of others."""
-        return self.versions.get("optax") == _versions()["optax"]
+        return self.versions.get("optax") == versions()["optax"]
 
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold."""
@@ -118,13 +101,29 @@ class Contents:
           CheckpointError: it was written in another format.
         """
         if (number := written.get("format", 1)) not in _READ:
-            by, here = written.get("versions", {}).get("functrain", "another version"), _versions()["functrain"]
+            by, here = written.get("versions", {}).get("functrain", "another version"), versions()["functrain"]
             raise CheckpointError(
                 f"the checkpoint {where} was written by functrain {by} in format {number}; this is functrain {here},"
                 f" which reads formats {' and '.join(map(str, _READ))}: go on with functrain {by}, or start anew in"
                 " another folder"
             )
         return cls(**{"packs": {}, **written, "beside": Beside(**written["beside"])})
+
+
+def read_contents(checkpoint: Path) -> Contents:
+    """What a checkpoint holds, but for the arrays; read without Orbax, and not compared with its checksum.
+
+    Raises:
+      CheckpointError: it can't be read, or was written in another format.
+    """
+    try:
+        written = json.loads(contents_file(checkpoint).read_bytes())
+        return Contents.from_json(written, checkpoint)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise CheckpointError(f"what the checkpoint {checkpoint} holds can't be read: {problem}; have it verified")
 
 
 def _encoded(name: str, value: Any) -> Any:
@@ -144,6 +143,6 @@ def decoded(value: Any) -> Any:
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
-    """What a checkpoint is written with; looking it up takes milliseconds."""
+def versions() -> dict[str, str]:
+    """The packages that a checkpoint is written with; looking it up takes milliseconds."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}

@@ -7,13 +7,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functrain.errors import CheckpointError, SaveError
 from functrain.loop.checkpoint import manifest
+from functrain.loop.checkpoint.contents import contents_file
 from functrain.loop.checkpoint.durable import insisted
-from functrain.loop.checkpoint.storage import contents_file
-from functrain.update.state import TrainState
+
+if TYPE_CHECKING:
+    from functrain.update.state import TrainState
 
 _NAME = re.compile(r"(\d+)(?:\+(\d+))?(?:~(\d+))?")
 _CORRUPT = re.compile(rf"({_NAME.pattern})(\.corrupt\d*)?")
@@ -143,7 +145,7 @@ class Folder:
             )
         return found[-1]
 
-    def next_name(self, state: TrainState, content: int) -> str | None:
+    def next_name(self, state: "TrainState", content: int) -> str | None:
         """What to name a checkpoint, so that it is the last of its step; None if it is there already.
 
         Raises:

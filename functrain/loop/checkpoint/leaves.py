@@ -43,17 +43,6 @@ def _spec(dtype: Any, shape: tuple[int, ...]) -> str:
     return f"{dtype}{list(shape)}".replace(" ", "")
 
 
-@functools.lru_cache(4096)
-def shape_dtype(spec: str) -> tuple[tuple[int, ...], str]:
-    """The inverse of `leaf_spec`.
-
-    >>> shape_dtype("float32[3,4]"), shape_dtype("key<fry>[]")
-    (((3, 4), 'float32'), ((), 'key<fry>'))
-    """
-    dtype, _, sizes = spec.removesuffix("]").partition("[")
-    return tuple(int(size) for size in sizes.split(",") if size), dtype
-
-
 class KeyKind(NamedTuple):
     """A kind of random keys.
 

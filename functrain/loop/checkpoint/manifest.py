@@ -3,7 +3,7 @@
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,25 +86,35 @@ def damage(checkpoint: Path) -> str | None:
     Raises:
       OSError: it can't be read, which is no damage.
     """
-    return insisted(lambda: _damage(checkpoint)) and insisted(lambda: _damage(checkpoint))
+    return insisted(lambda: next(_damages(checkpoint), None)) and insisted(lambda: next(_damages(checkpoint), None))
 
 
-def _damage(checkpoint: Path) -> str | None:
+def damages(checkpoint: Path) -> list[str]:
+    """All that is wrong with a checkpoint, file by file, looked at twice as `damage` does.
+
+    Raises:
+      OSError: it can't be read, which is no damage.
+    """
+    return insisted(lambda: [*_damages(checkpoint)]) and insisted(lambda: [*_damages(checkpoint)])
+
+
+def _damages(checkpoint: Path) -> Iterator[str]:
     try:
         manifest = load(checkpoint)
     except ValueError as error:
-        return str(error)
+        yield str(error)
+        return
     if not checkpoint.exists():
-        return "its folder is missing"
+        yield "its folder is missing"
+        return
     for name, (size, checksum) in (manifest or {"files": {}})["files"].items():
         try:
             if (found := os.stat(checkpoint / name).st_size) != size:
-                return f"{name!r} has {found} bytes, not {size}"
-            if _checksum(checkpoint / name) != checksum:
-                return f"{name!r} is not what was written"
+                yield f"{name!r} has {found} bytes, not {size}"
+            elif _checksum(checkpoint / name) != checksum:
+                yield f"{name!r} is not what was written"
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return f"{name!r} is missing"
-    return None
+            yield f"{name!r} is missing"
 
 
 def _is_manifest(body: Mapping[str, Any]) -> bool:

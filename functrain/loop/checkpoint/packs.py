@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import CheckpointError
-from functrain.loop.checkpoint.leaves import WINDOW, key_kinds, shape_dtype
+from functrain.loop.checkpoint.leaves import WINDOW, key_kinds
+from functrain.loop.checkpoint.specs import shape_dtype
 from functrain.tree.text import listed_lines
 
 _LARGE = 1 << 20  # Bytes. Writing them takes longer than what else Orbax does for an array.

@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functrain.loop.checkpoint.leaves import COUNTERS, key_kinds, shape_dtype
+from functrain.loop.checkpoint.leaves import COUNTERS, key_kinds
 from functrain.loop.checkpoint.packs import packed, packed_on_host, platform
+from functrain.loop.checkpoint.specs import shape_dtype
+
+HOST = "host"  # A place: a leaf as NumPy has it, in whichever dtype, and on no device.
 
 
 class Copy(NamedTuple):
@@ -52,15 +55,19 @@ def to_read(name: str, spec: str, place: Any) -> Any:
     shape, dtype = shape_dtype(spec)
     if name in COUNTERS:
         return np.zeros(shape, dtype)
+    if place == HOST and dtype not in key_kinds():
+        return np.empty(shape, jnp.dtype(dtype))
     of_dtype = key_kinds()[dtype].dtype if dtype in key_kinds() else dtype
     somewhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(shape, of_dtype, sharding=place or somewhere)
+    return jax.ShapeDtypeStruct(shape, of_dtype, sharding=somewhere if place in (None, HOST) else place)
 
 
 def owned(leaf: Any, place: Any) -> Any:
     """A leaf in memory that is JAX's own, as the first update overwrites it; on no device for good without a place."""
     if not isinstance(leaf, jax.Array):
         return leaf
+    if place == HOST:
+        return np.asarray(jax.random.key_data(leaf))
     if place is not None:
         return jnp.array(leaf, copy=True)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -71,7 +78,7 @@ def owned(leaf: Any, place: Any) -> Any:
 
 def placed(leaves: Mapping[str, np.ndarray], specs: Mapping[str, str], places: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves of the host where their places say, in memory as of `owned`; random keys are made of their data."""
-    here = {name: np.array(leaf) for name, leaf in leaves.items() if name in COUNTERS}
+    here = {name: np.array(leaf) for name, leaf in leaves.items() if name in COUNTERS or places[name] == HOST}
     free = [name for name in leaves if places[name] is None and name not in here]
     put = [name for name in leaves if places[name] is not None and name not in here]
     near = [name for name in put if places[name].is_fully_addressable]

@@ -8,18 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from functrain.errors import SaveError
-from functrain.loop.checkpoint.contents import Contents
-from functrain.loop.checkpoint.leaves import shape_dtype
+from functrain.loop.checkpoint.contents import ITEM, Contents, contents_file
 from functrain.loop.checkpoint.packs import target, unpacked
 from functrain.loop.checkpoint.placement import Copy, owned, placed, to_read, to_write
 from functrain.loop.checkpoint.plain import PlainPaths
+from functrain.loop.checkpoint.specs import shape_dtype
 
-_ARRAYS, _CONTENTS = "state", "facts"
-
-
-def contents_file(checkpoint: Path) -> Path:
-    """The file that holds the `Contents` of a checkpoint."""
-    return checkpoint / _CONTENTS / "metadata"
+_ARRAYS = "state"
 
 
 class Storage:
@@ -38,7 +33,7 @@ class Storage:
         # Orbax refuses empty leaves.
         filled = {name: leaf for name, leaf in leaves.items() if not _is_empty(specs[name])}
         arrays, self._spare = to_write(filled, contents.packs, self._spare)
-        items = {_ARRAYS: ocp.args.PyTreeSave(arrays), _CONTENTS: ocp.args.JsonSave(contents.to_json())}
+        items = {_ARRAYS: ocp.args.PyTreeSave(arrays), ITEM: ocp.args.JsonSave(contents.to_json())}
         self._checkpointer().save(self._plain.of(checkpoint), args=ocp.args.Composite(**items))
 
     def wait(self) -> None:
@@ -71,8 +66,8 @@ class Storage:
         """
         import orbax.checkpoint as ocp
 
-        args = ocp.args.Composite(**{_CONTENTS: ocp.args.JsonRestore()})
-        return Contents.from_json(self._read(checkpoint, args)[_CONTENTS], checkpoint)
+        args = ocp.args.Composite(**{ITEM: ocp.args.JsonRestore()})
+        return Contents.from_json(self._read(checkpoint, args)[ITEM], checkpoint)
 
     def leaves(
         self,
@@ -128,7 +123,7 @@ class Storage:
 
             # Compressing takes five times the processor time of writing, and trained weights hardly shrink.
             arrays = ocp.PyTreeCheckpointHandler(use_compression=False)
-            handlers = {_ARRAYS: arrays, _CONTENTS: ocp.JsonCheckpointHandler()}
+            handlers = {_ARRAYS: arrays, ITEM: ocp.JsonCheckpointHandler()}
             # Threads that wait for a folder which can't be made keep a program from ending for ten minutes.
             options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
             composite = ocp.CompositeOptions(async_options=options)

@@ -1,6 +1,7 @@
 """What a checkpoint must have in common with the state that is asked for."""
 
 import json
+import math
 import shutil
 
 import jax
@@ -13,6 +14,8 @@ from trees import says
 import functrain as ft
 from functrain.errors import CheckpointError
 from functrain.loop.checkpoint import manifest
+from functrain.loop.checkpoint.leaves import key_kinds, leaf_spec
+from functrain.loop.checkpoint.specs import nbytes
 
 
 def made(params, rules=None, txs=None, *, loss=None, **options):
@@ -175,3 +178,11 @@ def test_another_format_is_an_error_that_says_which_version_reads_it(tmp_path, n
     with pytest.raises(ft.CheckpointError, match=told):
         ft.Checkpoints(tmp_path).restore(like=update.abstract(params))
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock") == ["0", "0.manifest.json"]
+
+
+def test_what_a_leaf_takes_up_is_known_without_jax():
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int4, jnp.float8_e4m3fn, jnp.bool_, jnp.complex64, jnp.int16):
+        leaf = jnp.zeros((3, 2), dtype)
+        assert nbytes(leaf_spec(leaf)) == leaf.nbytes
+    for name, kind in key_kinds().items():
+        assert nbytes(f"{name}[2]") == 2 * math.prod(kind.shape) * 4

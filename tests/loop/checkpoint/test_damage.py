@@ -91,6 +91,17 @@ def test_one_that_is_asked_for_is_an_error_when_damaged_and_stays_where_it_is(so
         assert everything(directory) == before
 
 
+def test_every_file_that_is_damaged_is_named(sound, tmp_path):
+    directory = copied(sound, tmp_path)
+    (directory / "2" / "facts" / "metadata").unlink()
+    flip(directory / "2" / "state" / "_METADATA")
+    assert manifest.damages(directory / "2") == [
+        "'facts/metadata' is missing",
+        "'state/_METADATA' is not what was written",
+    ]
+    assert manifest.damages(directory / "1") == []
+
+
 def test_a_sound_one_can_be_asked_for_beside_a_damaged_one(sound, tmp_path):
     directory = copied(sound, tmp_path)
     flip(directory / "2" / "facts" / "metadata")

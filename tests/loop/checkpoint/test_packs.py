@@ -16,11 +16,12 @@ from trees import bits, says
 
 import functrain as ft
 from functrain.errors import CheckpointError
-from functrain.loop.checkpoint.contents import Beside, Contents
+from functrain.loop.checkpoint.contents import Beside, contents_file
+from functrain.loop.checkpoint.describing import contents_of
 from functrain.loop.checkpoint.leaves import leaf_spec, named_leaves
 from functrain.loop.checkpoint.packs import packed, packed_on_host, packs_of, target, unpacked
 from functrain.loop.checkpoint.placement import to_write
-from functrain.loop.checkpoint.storage import Storage, contents_file
+from functrain.loop.checkpoint.storage import Storage
 
 KEY_DATA = jax.random.key_data(KEY)
 DTYPES = [
@@ -176,7 +177,7 @@ def test_what_has_another_form_takes_no_memory_of_a_copy():
 def test_a_checkpoint_of_format_2_where_every_leaf_is_an_array_of_its_own_is_read(tmp_path):
     update, params, state = updated(2, accumulate=3)
     named = named_leaves(state)
-    contents = dataclasses.replace(Contents.of(state, named, Beside.of(1, None, None)), packs={}, format=2)
+    contents = dataclasses.replace(contents_of(state, named, Beside.of(1, None, None)), packs={}, format=2)
     storage = Storage()
     storage.write(tmp_path / "0+2", named, contents)
     storage.wait()

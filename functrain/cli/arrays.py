@@ -1,0 +1,31 @@
+"""The arrays of a checkpoint that a command is given."""
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from functrain.cli.place import absolute, checkpoints_of, is_checkpoint
+from functrain.loop.checkpoint.folder import Folder
+
+if TYPE_CHECKING:
+    from functrain.loop.checkpoint.alone import Leaves
+
+PARAMS = "params/"
+
+
+def leaves_in(given: str, is_asked: Callable[[str], bool]) -> tuple["Leaves", tuple[str, ...]]:
+    """Reads leaves by name, of a checkpoint or of the newest sound one of a run; and what there is to warn of.
+
+    Raises:
+      CheckpointError: there is none, or it is damaged.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # A GPU is for who trains.
+    from functrain.loop.checkpoint.alone import host_leaves
+
+    path = absolute(given)
+    folder, step = (Folder(path.parent), path) if is_checkpoint(path) else (checkpoints_of(given), None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        leaves = host_leaves(folder, step, is_asked)
+    return leaves, tuple(str(each.message) for each in caught)
