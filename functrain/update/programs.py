@@ -229,9 +229,8 @@ class Programs:
         if dtype is None or call.kind == "flush" or phases <= self._checked:
             return
         self._checked |= phases
-        check_products(
-            program.traced(*arguments).jaxpr, dtype, [name_of(self._phases[i].loss_fn) for i in sorted(phases)]
-        )
+        names = [name_of(self._phases[i].loss_fn) for i in sorted(phases)]
+        check_products(program.traced(*arguments).jaxpr, dtype, names, lambda: program.arguments(*arguments))
 
     def _check_unmoved(self, program: Program, call: Call, arguments: tuple[TrainState, Any, Any]) -> None:
         """Warns, once, of state of a model in frozen parts that phases use as if it moved."""
