@@ -14,9 +14,10 @@ from functrain.errors import LossError, UpdateError
 from functrain.gradients.loss import Context, Loss
 from functrain.gradients.objective import Objective
 from functrain.optim.own_tree import ByPart
-from functrain.tree.arrays import as_array, common_length, is_finite, leading_lengths
-from functrain.tree.paths import PyTree, flatten, structure_difference
+from functrain.tree.arrays import common_length, is_finite, leading_lengths
+from functrain.tree.paths import PyTree, flatten
 from functrain.tree.text import listed
+from functrain.update.checks import like_old
 from functrain.update.ema import check_averages
 from functrain.update.options import Options
 from functrain.update.state import TrainState
@@ -145,7 +146,7 @@ class Step:
             self.see(loss)
             if self.options.by_loss:
                 total = self.objective.summed(loss.values, state.step)
-            new = _like(loss.model_state, model_state, "the model_state that the loss function returned", LossError)
+            new = like_old(loss.model_state, model_state, "the model_state that the loss function returned", LossError)
             if self.options.skips:
                 finite = is_finite(grads)
                 new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, model_state)
@@ -278,8 +279,8 @@ class Step:
             returned = after(params, model_state, state.step)
             if not isinstance(returned, tuple) or len(returned) != 2:
                 raise UpdateError(f"after= must return (params, model_state), not {type(returned).__name__}")
-            params = _like(returned[0], state.params, "the params that after= returned", UpdateError)
-            model_state = _like(returned[1], state.model_state, "the model_state that after= returned", UpdateError)
+            params = like_old(returned[0], state.params, "the params that after= returned", UpdateError)
+            model_state = like_old(returned[1], state.model_state, "the model_state that after= returned", UpdateError)
         averages, ema = self.options.averages, state.ema
         check_averages(averages, ema)
         if averages is not None:
@@ -333,17 +334,3 @@ def sliced(batch: Any, count: int) -> Any:
             f"microbatches={count}: the leading axis of {path!r}, shaped {jnp.shape(leaf)}, is no multiple of it"
         )
     return jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1), batch)
-
-
-def _like(new: Any, old: Any, what: str, error: type[Exception]) -> Any:
-    """The new tree, if it has the structure, shapes and dtypes of the old one: else the update would compile anew."""
-    if differs := structure_difference(new, old):
-        raise error(f"{what} must be of the structure that update.init was given: it {differs}")
-    types = [
-        {path: (jnp.shape(leaf), jnp.result_type(leaf)) for path, leaf in flatten(tree).items()} for tree in (new, old)
-    ]
-    for path, (shape, dtype) in types[0].items():
-        if (shape, dtype) != types[1][path]:
-            before = "{1}{0}".format(*types[1][path])
-            raise error(f"{what} must keep its shapes and dtypes: {path!r} is {dtype}{shape}, and was {before}")
-    return jax.tree.map(as_array, new)

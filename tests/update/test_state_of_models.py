@@ -147,3 +147,13 @@ def test_what_the_messages_say_to_write_draws_other_masks_moves_the_statistics_a
     assert len(losses) > 1
     assert not np.array_equal(ft.flatten(state.model_state)["norm/mean"], before)
     assert not recwarn
+
+
+def test_model_state_of_which_init_was_given_none_is_told_to_be_given_to_it():
+    def loss_fn(params, batch):
+        return ft.Loss(in_evaluation(params, batch), model_state={"mean": jnp.zeros(3)})
+
+    update = ft.make_update(loss_fn, ft.Optimizer(ft.partition(PARAMS, RULES), TRAINS))
+    message = says("it has 'mean', which is not expected; it was given none: update.init(params, model_state=...)")
+    with pytest.raises(ft.LossError, match=message):
+        update(update.init(PARAMS), X)
