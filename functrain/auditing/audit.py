@@ -11,9 +11,9 @@ import numpy as np
 from functrain.auditing.tracing import Inputs, Traced, backward_flops, inputs_of, trace_phase
 from functrain.errors import AuditError
 from functrain.gradients.loss import Context
-from functrain.gradients.reach import told_of_statistics
 from functrain.gradients.routes import Route, Weight
 from functrain.optim.optimizer import Optimizer
+from functrain.tree.model_state import told_of_statistics
 from functrain.tree.partition import Partition
 from functrain.tree.paths import PyTree
 from functrain.tree.selectors import non_float
@@ -186,12 +186,12 @@ def _findings(
                 why = "it is used, but cut off by stop_gradient or by an operation that has no gradient; or freeze it"
             else:
                 why = "it is not used; use it, or freeze it"
-            why = told_of_statistics(unreached) or why
+            why = told_of_statistics(parts.state, unreached) or why
             whole = len(unreached) == len(parts.paths(part))
             what = f"the trained part {part!r} ({listed(unreached)})" if whole else f"{listed(unreached)} of {part!r}"
             text = f"no loss that part {part!r} learns from reaches {what}: {why}"
             found.append(Finding("error" if whole else "warning", part, unreached, text))
-        elif statistics := told_of_statistics(parts.paths(part)):
+        elif statistics := told_of_statistics(parts.state, parts.paths(part)):
             found.append(Finding("warning", part, parts.paths(part), statistics))
         for one in traced:
             if gates := one.gated.get(part):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
-from functrain.auditing.flow import of_scan
 from functrain.auditing.numbers import told, told_of
-from functrain.auditing.places import Level, Place, place_of
+from functrain.tree.flow import of_scan
+from functrain.tree.places import Level, Place, place_of
 
 # What calls another program with its own operands, and is walked into.
 _CALLS = {

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from functrain.auditing.flow import Marks, flow
 from functrain.gradients.loss import Context, accepted_context, make_losses
 from functrain.gradients.routes import normalised
 from functrain.gradients.train_step import make_gradient
+from functrain.tree.flow import Marks, flow
 from functrain.tree.partition import Partition
 from functrain.tree.paths import PyTree
 from functrain.tree.selectors import non_float

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import LossError
+from functrain.tree.model_state import NNX_MODEL_STATE
 from functrain.tree.paths import PyTree
 from functrain.tree.text import listed
 
@@ -148,10 +149,7 @@ def _of_another_trace(error: Exception, loss_fn: Callable[..., Any]) -> LossErro
     """What to write where a loss function changes Variables of Flax NNX that were made outside of it."""
     return LossError(
         f"{name_of(loss_fn)} changes what was made outside of it (Flax: {str(error).partition(' (http')[0]}), such as a"
-        " model that it closes over. Split it outside, graphdef, params, rest = nnx.split(model, nnx.Param, ...), and"
-        " give update.init(params, model_state=rest); in loss_fn(params, batch, model_state) write model ="
-        " nnx.merge(graphdef, params, model_state), and return ft.Loss(value, model_state=nnx.state(model,"
-        " nnx.Not(nnx.Param)))"
+        f" model that it closes over. Split it outside, {NNX_MODEL_STATE}"
     )
 
 

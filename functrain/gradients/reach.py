@@ -1,12 +1,13 @@
 """Which leaves a gradient reaches: found when it is traced, and free when it runs."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from functrain.errors import AuditError
+from functrain.tree.model_state import told_of_statistics
 from functrain.tree.partition import Partition
 from functrain.tree.text import listed
 from functrain.tree.warn import warn
@@ -63,28 +64,15 @@ def check_reached(parts: Partition, trained: tuple[str, ...], reached: set[tuple
             f"{_WHY}; print(ft.audit(loss_fn, parts, params, batch)) shows what reaches what; freeze"
             f" {'the part' if len(whole) == 1 else 'these parts'}, or write audit=False"
         )
-        raise AuditError(f"no loss{where} reaches {which}: {told_of_statistics(*whole.values()) or freeze}")
+        raise AuditError(
+            f"no loss{where} reaches {which}: {told_of_statistics(parts.state, *whole.values()) or freeze}"
+        )
     single = [path for paths in unreached.values() for path in paths]
-    statistics = told_of_statistics(*map(parts.paths, trained))
+    statistics = told_of_statistics(parts.state, *map(parts.paths, trained))
     if statistics or single:
         no_loss = f"no loss{where} reaches {listed(single)}, which is trained: " if single else ""
         advice = f"{_WHY}; give such leaves a frozen part, or write audit=False"
         warn(f"{no_loss}{statistics or advice}")
-
-
-def told_of_statistics(*paths: Iterable[str]) -> str:
-    """What to write where batch statistics of Flax Linen are trained like parameters; empty where none are.
-
-    >>> told_of_statistics(["params/Dense_0/kernel"], ["batch_stats/BatchNorm_0/mean"]).partition(":")[0]
-    "what is under 'batch_stats' is state of Flax Linen, and no parameter"
-    """
-    if not any(path.startswith("batch_stats/") for each in paths for path in each):
-        return ""
-    return (
-        "what is under 'batch_stats' is state of Flax Linen, and no parameter: with variables = model.init(...), write"
-        ' update.init(variables["params"], model_state=variables["batch_stats"]), and in loss_fn(params, batch,'
-        ' model_state) model.apply({"params": params, "batch_stats": model_state}, ...)'
-    )
 
 
 def _is_zero(cotangent: Any) -> bool:

@@ -12,6 +12,7 @@ from functrain.gradients.per_example import PerExample, check_per_example, of_ex
 from functrain.gradients.reach import check_reached, recording_reach
 from functrain.gradients.routes import Route, Weight, normalised, weighted_sum, weightings, weights_of_sum
 from functrain.tree.arrays import conjugate, wide
+from functrain.tree.model_state import state_of_model, told_of_random
 from functrain.tree.partition import Partition
 from functrain.tree.paths import PyTree, flatten
 from functrain.tree.selectors import non_float
@@ -241,17 +242,19 @@ def _pulled_back(
 def _differentiated(params: PyTree, parts: Partition | None, wrt: Sequence[str]) -> Any:
     """What is differentiated of whole params: some parts of them, or without a partition all."""
     if parts is None:
-        _check_differentiable({"": params}, "params hold")
+        _check_differentiable({"": params}, "params hold", state_of_model(params))
         return params
     split = parts.split(params)
     differentiated = {part: split[part] for part in wrt}
-    _check_differentiable(differentiated, "part {!r} holds")
+    _check_differentiable(differentiated, "part {!r} holds", parts.state)
     return differentiated
 
 
-def _check_differentiable(trees: Mapping[str, Any], holds: str) -> None:
+def _check_differentiable(trees: Mapping[str, Any], holds: str, state: Mapping[str, str]) -> None:
     for part, tree in trees.items():
-        if bad := [path for path, leaf in flatten(tree).items() if non_float(path, leaf)]:
+        if bad := {path: leaf for path, leaf in flatten(tree).items() if non_float(path, leaf)}:
+            if random := told_of_random(state, bad):
+                raise LossError(f"{holds.format(part)} {random}")
             raise LossError(
                 f"{holds.format(part)} {listed(bad)}, which is not floating point and has no gradient: give such leaves"
                 ' a part of their own ("static": ft.non_float) and leave it out of wrt'

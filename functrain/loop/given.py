@@ -69,8 +69,10 @@ def check_results(
 
 def _is(given: Any, kind: type, name: str, example: str) -> None:
     if not isinstance(given, kind):
-        shown = given.__name__ if callable(given) and hasattr(given, "__name__") else repr(given)
-        raise FitError(f"{name} takes {kind.__name__}, not {shown[:100]} ({type(given).__name__}): write {example}")
+        has_arrays = any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(given))
+        shown = given.__name__ if callable(given) and hasattr(given, "__name__") else "" if has_arrays else repr(given)
+        what = f"{shown[:100]} ({type(given).__name__})" if shown else type(given).__name__
+        raise FitError(f"{name} takes {kind.__name__}, not {what}: write {example}")
 
 
 def check_data(data: Any) -> None:

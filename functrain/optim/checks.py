@@ -11,6 +11,7 @@ from functrain.errors import OptimizerError, PartitionError
 from functrain.optim.declared import accepted
 from functrain.optim.held import RATE, held_in, hyperparameters_in, settings_in
 from functrain.optim.transforms import Frozen, Transform, state_name
+from functrain.tree.model_state import told_of_random
 from functrain.tree.partition import Partition, Split
 from functrain.tree.scalars import wrong_scalar
 from functrain.tree.selectors import non_float
@@ -111,7 +112,9 @@ def check_others(
 def check_params(parts: Partition, trained: Sequence[str], split: Split) -> None:
     """Raises unless the trained leaves are floating point, and of the shapes that were partitioned."""
     for part in trained:
-        if bad := [path for path, leaf in split[part].items() if non_float(path, leaf)]:
+        if bad := {path: leaf for path, leaf in split[part].items() if non_float(path, leaf)}:
+            if random := told_of_random(parts.state, bad):
+                raise OptimizerError(f"part {part!r} is trained, but holds {random}")
             raise OptimizerError(
                 f"part {part!r} is trained, but holds {listed(bad)}, which is not floating point: give such leaves"
                 ' a part of their own ("static": ft.non_float) and make it ft.FROZEN'

@@ -12,6 +12,7 @@ import optax
 
 from functrain.errors import PartitionError
 from functrain.tree.arrays import is_array
+from functrain.tree.model_state import state_of_model
 from functrain.tree.paths import Flat, PyTree, check_paths, difference_from, flatten
 from functrain.tree.selectors import Selector, describe, matcher, resolved, unmatched
 from functrain.tree.text import aligned, bytes_in_words, did_you_mean, leaves_in_words, listed
@@ -41,6 +42,7 @@ class Partition:
       selectors: what each part was selected by, for display.
       shared: the paths of each array that was at several, each of which is a parameter of its own.
       rest: the leaves that are no arrays, by path, such as the functions in a module of Equinox.
+      state: which leaves are state of a model of Flax and no parameters, by path, and of what kind.
     """
 
     names: tuple[str, ...]
@@ -49,6 +51,7 @@ class Partition:
     treedef: jax.tree_util.PyTreeDef
     shared: tuple[tuple[str, ...], ...] = dataclasses.field(default=(), compare=False)
     rest: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    state: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
     def paths(self, part: str) -> tuple[str, ...]:
         """The paths of a part's leaves, in the tree's order.
@@ -244,6 +247,7 @@ def partition(
         treedef=jax.tree.structure(params),
         shared=_shared(flat),
         rest={path: leaf for path, leaf in flat.items() if not is_array(leaf)},
+        state=state_of_model(params),
     )
 
 

@@ -60,6 +60,7 @@ class Whole:
             leaves=leaves,
             selectors=tuple(selector for _, selector in kept),
             treedef=jax.tree.structure(self._without([0] * len(self.partition.leaves))),
+            state=self.partition.state,
         )
 
     def arrays(self, tree: PyTree) -> PyTree:

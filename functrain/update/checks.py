@@ -5,10 +5,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from functrain.errors import UpdateError
 from functrain.gradients.loss import required_context
-from functrain.tree.arrays import common_length, leading_lengths
+from functrain.tree.arrays import as_array, common_length, leading_lengths
+from functrain.tree.paths import flatten, structure_difference
 from functrain.tree.scalars import wrong_scalar
 from functrain.tree.text import did_you_mean, listed
 from functrain.update.options import Settings
@@ -117,3 +119,18 @@ def check_cycle(batch: Any, cycle: int, cycle_in_words: str) -> None:
             f"pure takes in {cycle} batches stacked on a leading axis ({cycle_in_words}), not {wrong}; for more of them"
             " use update.scan, or a scan of your own over pure"
         )
+
+
+def like_old(new: Any, old: Any, what: str, error: type[Exception]) -> Any:
+    """The new tree, if it has the structure, shapes and dtypes of the old one: else the update would compile anew."""
+    if differs := structure_difference(new, old):
+        given = "; it was given none: update.init(params, model_state=...)" if old is None else ""
+        raise error(f"{what} must be of the structure that update.init was given: it {differs}{given}")
+    types = [
+        {path: (jnp.shape(leaf), jnp.result_type(leaf)) for path, leaf in flatten(tree).items()} for tree in (new, old)
+    ]
+    for path, (shape, dtype) in types[0].items():
+        if (shape, dtype) != types[1][path]:
+            before = "{1}{0}".format(*types[1][path])
+            raise error(f"{what} must keep its shapes and dtypes: {path!r} is {dtype}{shape}, and was {before}")
+    return jax.tree.map(as_array, new)

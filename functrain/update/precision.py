@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +13,8 @@ from functrain.tree.partition import Partition
 from functrain.tree.paths import PyTree, flatten, unflatten
 from functrain.tree.selectors import Selector, matcher, unmatched
 from functrain.tree.text import listed
-
-_PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"}
+from functrain.tree.warn import warn
+from functrain.update.widening import PRODUCTS, advice, beginning_of_first_product
 
 
 class LossScaleState(NamedTuple):
@@ -148,24 +147,24 @@ def on_narrow_batches(loss_fn: Callable[..., Any], dtype: Any, cast_batch: "bool
     return on_narrow
 
 
-def check_products(jaxpr: Any, dtype: Any, names: Sequence[str]) -> None:
+def check_products(jaxpr: Any, dtype: Any, names: Sequence[str], arguments: Callable[[], Sequence[str]]) -> None:
     """Warns if a traced program has matrix products or convolutions and none of them is narrower than 32 bits.
 
     Args:
       jaxpr: of losses, their gradients, and what else a step does.
       dtype: what was to be computed with.
       names: what the loss functions are called.
+      arguments: says what the arguments of the program are called.
     """
-    products = [equation for equation in _equations(jaxpr) if equation.primitive.name in _PRODUCTS]
+    products = [equation for equation in _equations(jaxpr) if equation.primitive.name in PRODUCTS]
     operands = [[operand.aval for operand in product.invars[:2]] for product in products]
     if not products or any(all(each.dtype.itemsize < 4 for each in pair) for pair in operands):
         return
     first = " and ".join(f"{each.dtype}{list(each.shape)}" for each in operands[0])
-    warnings.warn(
+    where = advice(beginning_of_first_product(jaxpr, arguments()))
+    warn(
         f"compute_dtype={dtype} does nothing for {listed(names)}: all {len(products)} matrix products and convolutions"
-        f" have an operand of 32 bits, as the first of {first}, which widens the other: let the batch be cast, not"
-        " cast_batch=False, and cast constants and model_state in the loss function; or leave compute_dtype out",
-        stacklevel=2,
+        f" have an operand of 32 bits, as the first of {first}: {where}; or leave compute_dtype out"
     )
 
 

@@ -25,6 +25,7 @@ from functrain.update.state import TrainState
 from functrain.update.step import Step
 from functrain.update.tracing import Batches, described, field_and_path, names_of_arguments
 from functrain.update.turns import Body, Found, apart, make_cycles, make_turn, under_phases
+from functrain.update.unmoved import Unmoved
 from functrain.update.window import Window
 
 _LAST = 2**31 - 1
@@ -114,6 +115,16 @@ class Program:
         """What `jax.jit(...).trace` gives; a call with such arguments does not trace again."""
         return self.jitted.trace(*self.split(state), batch, settings)
 
+    def arguments(self, state: TrainState, batch: Any, settings: Settings | None) -> list[str]:
+        """What the arguments of what `traced` gives are to the user, in order: "params 'conv1/kernel'"."""
+        names, given = self._names(batch, settings), (*self.split(state), batch, settings)
+        calls = [
+            f"{argument}{jax.tree_util.keystr(keys)}"
+            for argument, tree in zip(("consumed", "read", "batch", "settings"), given, strict=True)
+            for keys, _ in jax.tree_util.tree_leaves_with_path(tree)
+        ]
+        return [names.get(call, call) for call in calls]
+
     def _names(self, batch: Any, settings: Settings | None) -> dict[str, str]:
         """What the arguments of the jitted function are to the user, by what JAX calls them."""
         leaves = {i: path for path, i in flatten(self.form.fields(range(self.form.leaves))).items()}
@@ -166,6 +177,7 @@ class Programs:
         self._losses: dict[int, list[str]] = {}
         self._checked: set[int] = set()
         self._batches = Batches()
+        self._unmoved = Unmoved(self._stages[0][0].options.optim, len(phases))
         self.options = self._stages[0][0].options
 
     def program(self, call: Call, state: TrainState, batch: Any, settings: Settings | None) -> Program:
@@ -176,6 +188,7 @@ class Programs:
             self._check_parts(call)
             program = Program(self._stages[call.stage], call, form, functools.partial(self._batches.see, (call, form)))
             self._check_precision(program, call, (state, batch, settings))
+            self._check_unmoved(program, call, (state, batch, settings))
             self.kept[call, form] = program
         return program
 
@@ -225,9 +238,15 @@ class Programs:
         if dtype is None or call.kind == "flush" or phases <= self._checked:
             return
         self._checked |= phases
-        check_products(
-            program.traced(*arguments).jaxpr, dtype, [name_of(self._phases[i].loss_fn) for i in sorted(phases)]
-        )
+        names = [name_of(self._phases[i].loss_fn) for i in sorted(phases)]
+        check_products(program.traced(*arguments).jaxpr, dtype, names, lambda: program.arguments(*arguments))
+
+    def _check_unmoved(self, program: Program, call: Call, arguments: tuple[TrainState, Any, Any]) -> None:
+        """Warns, once, of state of a model in frozen parts that phases use as if it moved."""
+        phases = {index for turn in call.turns for index in turn}
+        if call.kind != "flush" and not self._unmoved.is_known(phases):
+            names, has_model_state = program.arguments(*arguments), arguments[0].model_state is not None
+            self._unmoved.see(program.traced(*arguments).jaxpr, names, phases, has_model_state=has_model_state)
 
     def _see(self, index: int, loss: Loss) -> None:
         """Raises if one program returns other losses than another: what they are logged as would jump."""

@@ -13,8 +13,9 @@ from functrain.errors import LossError, UpdateError
 from functrain.gradients.loss import Context, Loss
 from functrain.gradients.objective import Objective
 from functrain.optim.own_tree import ByPart
-from functrain.tree.arrays import as_array, is_finite
-from functrain.tree.paths import PyTree, flatten, structure_difference
+from functrain.tree.arrays import is_finite
+from functrain.tree.paths import PyTree
+from functrain.update.checks import like_old
 from functrain.update.ema import check_averages
 from functrain.update.metrics import Metrics, Weighed, known, metrics_of
 from functrain.update.options import Options, Settings
@@ -147,7 +148,7 @@ class Step:
             self.see(loss)
             if self.options.by_loss:
                 total = self.objective.summed(loss.values, state.step)
-            new = _like(loss.model_state, model_state, "the model_state that the loss function returned", LossError)
+            new = like_old(loss.model_state, model_state, "the model_state that the loss function returned", LossError)
             if self.options.skips:
                 finite = is_finite(grads)
                 new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, model_state)
@@ -276,8 +277,8 @@ class Step:
             returned = after(params, model_state, state.step)
             if not isinstance(returned, tuple) or len(returned) != 2:
                 raise UpdateError(f"after= must return (params, model_state), not {type(returned).__name__}")
-            params = _like(returned[0], state.params, "the params that after= returned", UpdateError)
-            model_state = _like(returned[1], state.model_state, "the model_state that after= returned", UpdateError)
+            params = like_old(returned[0], state.params, "the params that after= returned", UpdateError)
+            model_state = like_old(returned[1], state.model_state, "the model_state that after= returned", UpdateError)
         averages, ema = self.options.averages, state.ema
         check_averages(averages, ema)
         if averages is not None:
@@ -317,17 +318,3 @@ def _none_of(accumulate: int) -> Callable[[PyTree], Any]:
 
 def _one_batch_more(state: TrainState) -> TrainState:
     return dataclasses.replace(state, batches=state.batches + 1, pending=state.pending + 1)
-
-
-def _like(new: Any, old: Any, what: str, error: type[Exception]) -> Any:
-    """The new tree, if it has the structure, shapes and dtypes of the old one: else the update would compile anew."""
-    if differs := structure_difference(new, old):
-        raise error(f"{what} must be of the structure that update.init was given: it {differs}")
-    types = [
-        {path: (jnp.shape(leaf), jnp.result_type(leaf)) for path, leaf in flatten(tree).items()} for tree in (new, old)
-    ]
-    for path, (shape, dtype) in types[0].items():
-        if (shape, dtype) != types[1][path]:
-            before = "{1}{0}".format(*types[1][path])
-            raise error(f"{what} must keep its shapes and dtypes: {path!r} is {dtype}{shape}, and was {before}")
-    return jax.tree.map(as_array, new)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from soak import SOAK
 
 import functrain as ft
-from functrain.auditing.flow import Marks, flow
 from functrain.gradients.reach import recording_reach
+from functrain.tree.flow import Marks, flow
 
 SGD = optax.sgd(0.1)
 

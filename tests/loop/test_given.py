@@ -35,6 +35,7 @@ def batches():
         ({"stop": 3}, "stop= takes EarlyStopping, not 3 (int): write ft.EarlyStopping('valid/loss', patience=3)"),
         ({"update": Mine()}, "update takes Update, not Mine() (Mine): write ft.make_update(loss_fn, optim)"),
         ({"state": {"w": 1}}, "state takes TrainState, not {'w': 1} (dict): write update.init(params)"),
+        ({"state": {"w": jnp.ones(2)}}, "state takes TrainState, not dict: write update.init(params)"),
         (
             {"data": batches},
             "the data is the function 'batches': give what it returns, or an object whose epoch(number)",

@@ -138,9 +138,10 @@ def test_params_of_another_structure_than_was_partitioned_are_an_error():
 def test_a_leaf_that_is_not_floating_point_may_only_be_in_a_frozen_part(leaf):
     whole = {"w": jnp.ones(2), "odd": leaf}
     everything = ft.Optimizer(ft.partition(whole, {"all": ...}), {"all": optax.sgd(0.5)})
-    message = says(
-        "part 'all' is trained, but holds 'odd', which is not floating point", '("static": ft.non_float)', "ft.FROZEN"
-    )
+    told = ["which is not floating point", '("static": ft.non_float)', "ft.FROZEN"]
+    if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        told = ["which is random state", "update.init(params, key=...)", "or freeze it"]
+    message = says("part 'all' is trained, but holds 'odd', ", *told)
     with pytest.raises(ft.OptimizerError, match=message):
         everything.init(whole)
 

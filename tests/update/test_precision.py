@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from linear import batches_of, linear_params, loss_fn, optimizer_of, run
 
 import functrain as ft
@@ -161,7 +162,9 @@ def told_of(loss, calls=2, **options):
         state, _ = run(update, update.init(params), batches_of(calls))
         if int(state.pending):
             update.flush(state)
-    return [str(warning.message) for warning in caught if "compute_dtype" in str(warning.message)]
+    told = [warning for warning in caught if "compute_dtype" in str(warning.message)]
+    assert all(warning.filename in (__file__, run.__code__.co_filename) for warning in told)
+    return [str(warning.message) for warning in told]
 
 
 @pytest.mark.parametrize("loss", [loss_fn, looped])
@@ -170,8 +173,8 @@ def test_a_loss_without_a_matrix_product_in_16_bits_is_warned_of_once(loss, opti
     (told,) = told_of(loss, calls=4, cast_batch=False, **options)
     assert told.startswith("compute_dtype=bfloat16 does nothing for 'widened': all ")
     size = 3 if "microbatches" in options else 6
-    assert f"have an operand of 32 bits, as the first of float32[{size}, 4] and bfloat16[4, 3], which widens" in told
-    assert told.endswith("or leave compute_dtype out")
+    assert f"have an operand of 32 bits, as the first of float32[{size}, 4] and bfloat16[4, 3]: they begin at" in told
+    assert told.endswith("let the batch be cast, not cast_batch=False; or leave compute_dtype out")
 
 
 @pytest.mark.parametrize("loss", [loss_fn, looped])
@@ -181,8 +184,61 @@ def test_a_loss_in_16_bits_is_not_warned_of(loss):
     assert told_of(lambda params, batch: jnp.sum(params["body"]["w"]) + jnp.sum(params["head"]["w"])) == []
 
 
-def test_constants_in_32_bits_are_warned_of_too():
-    assert len(told_of(in_float32)) == 1
+def line_of(loss):
+    """The line after that of the `def`."""
+    return f"they begin at {__file__}:{loss.__code__.co_firstlineno + 1}, in {loss.__name__}"
+
+
+def with_a_constant(params, batch):
+    return loss_fn(params, batch * np.ones(4, np.float32))
+
+
+def test_the_line_is_told_at_which_32_bits_begin():
+    (told,) = told_of(in_float32)
+    assert f"{line_of(in_float32)}, which makes them of bfloat16; cast to 16 bits there; or leave" in told
+
+
+def test_only_what_is_of_32_bits_is_told_to_be_cast():
+    (told,) = told_of(with_a_constant)
+    assert line_of(with_a_constant) in told
+    assert told.endswith("cast constants in the loss function; or leave compute_dtype out")
+    assert "cast_batch" not in told
+    (told,) = told_of(loss_fn, compute_dtype={"head": jnp.bfloat16}, cast_batch=False)
+    assert "not cast_batch=False; give their part a compute_dtype; or leave" in told
+
+
+class Language(nnx.Module):
+    def __init__(self, rngs, **options):
+        self.tokens = nnx.Embed(5, 4, rngs=rngs, **options)
+        self.norm, self.out = nnx.LayerNorm(4, rngs=rngs), nnx.Linear(4, 5, rngs=rngs)
+
+    def __call__(self, ids):
+        return self.out(self.norm(self.tokens(ids)))
+
+
+def test_an_embedding_of_flax_that_casts_to_float32_is_told_to_be_given_a_dtype():
+    def told(**options):
+        graphdef, params = nnx.split(Language(nnx.Rngs(0), **options))
+
+        def loss_fn(params, ids):
+            return jnp.mean(nnx.merge(graphdef, params)(ids).astype(jnp.float32) ** 2)
+
+        optim = ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.sgd(0.1)})
+        update = ft.make_update(loss_fn, optim, compute_dtype=jnp.bfloat16)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            update(update.init(params), jnp.arange(5))
+        assert all(each.filename == __file__ for each in caught)
+        return [str(each.message) for each in caught]
+
+    (warned,) = told()
+    assert (
+        f"{line_of(Language.__call__)}, which makes them of bfloat16; give the layer of Flax there its dtype" in warned
+    )
+    assert "nnx.Embed(..., dtype=jnp.bfloat16); or leave compute_dtype out" in warned
+    assert "cast_batch" not in warned
+    assert "constants" not in warned
+    assert told(dtype=jnp.bfloat16) == []
 
 
 def test_a_convolution_counts_as_a_matrix_product():
