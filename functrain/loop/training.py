@@ -146,6 +146,12 @@ def _is_over(run: Run, plan: Plan, signals: StopSignals) -> bool:
     return run.stopped is not None or (plan.steps is not None and run.step >= plan.steps)
 
 
+def is_through(run: Run, plan: Plan) -> bool:
+    """Whether a run that stands here has nothing more to train."""
+    is_last_epoch = plan.epochs is not None and run.epoch >= plan.epochs
+    return run.stopped is not None or is_last_epoch or (plan.steps is not None and run.step >= plan.steps)
+
+
 def _next_count(run: Run, plan: Plan) -> int:
     """How many batches the next update takes: of a scan all; 1 if a window is pending, or the end or a stage before."""
     if plan.unroll == 1 or int(run.state.pending):

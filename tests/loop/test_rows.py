@@ -215,3 +215,32 @@ def test_where_there_is_no_terminal_a_line_says_how_far_it_is(capsys):
     ]
     ft.fit(*counted(update_of()), epochs=1, progress=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("progress", [None, True])
+def test_a_run_that_goes_on_says_from_where_and_one_of_which_nothing_is_left_that_it_is_over(
+    tmp_path, capsys, progress
+):
+    def said(epochs, **options):
+        checkpoints = ft.Checkpoints(tmp_path)
+        ft.fit(*counted(update_of()), epochs=epochs, checkpoints=checkpoints, **{"progress": progress} | options)
+        return capsys.readouterr().err
+
+    over = "step 8, epoch 2: nothing to do; for another run give another folder, or fit(..., fresh=True)"
+    first, second, third, fewer = said(1), said(2), said(2), said(1)
+    assert "went on" not in first
+    assert "nothing to do" not in first + second
+    assert f"went on from {tmp_path / '4'}, step 4, epoch 1\n" in second
+    assert all(f"{tmp_path} was finished at {over}\n" in again for again in (third, fewer))
+    assert "went on" not in third + fewer
+    assert said(2, progress=False) == ""
+
+
+def test_a_run_that_was_stopped_says_so_when_it_is_started_again(tmp_path, capsys):
+    for _ in range(2):
+        stop = ft.EarlyStopping("valid/loss", patience=1)
+        ft.fit(
+            *counted(update_of()), epochs=9, stop=stop, evaluation=scripted(1, 2), checkpoints=ft.Checkpoints(tmp_path)
+        )
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "at step 8, epoch 2 (valid/loss has not improved for 1 evaluations): nothing to do" in last
