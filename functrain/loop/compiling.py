@@ -29,7 +29,7 @@ def compile_for(
     if kind in run.compiled:
         return
     run.compiled.add(kind)
-    end = _most_steps(run, epochs=epochs, steps=steps)
+    end = most_steps(run, epochs=epochs, steps=steps)
     if log.updates is None:
         measures = log.minutes is not None
     else:
@@ -40,7 +40,7 @@ def compile_for(
         tell_of_no_mean(run.update, run.state, jax.tree.map(lambda leaf: leaf[0], scan) if batch is None else batch)
 
 
-def _most_steps(run: Run, *, epochs: int | None, steps: int | None) -> int | None:
+def most_steps(run: Run, *, epochs: int | None, steps: int | None) -> int | None:
     """An upper bound of the steps of a run; None where the length of the data is not known."""
     bounds = [steps] if steps is not None else []
     if epochs is not None and (batches := run.reader.batches_an_epoch) is not None:

@@ -82,7 +82,7 @@ def _lines(run: Run) -> Callable[[], None]:
         nonlocal epoch
         if run.evaluated or run.epoch != epoch:
             epoch = run.epoch
-            _say(f"step {run.step:,}, epoch {run.epoch}: {_numbers(run)}")
+            _say(f"step {run.step:,}, epoch {run.epochs_given}: {_numbers(run)}")
 
     return show
 

@@ -61,6 +61,7 @@ class Saver:
             "means": run.means.state(),
             "hooks": self._hooks.states(),
             "rates": self._taken,
+            "rows": run.rows,
             "data": described(run.reader.data),
         }
         try:
@@ -92,6 +93,7 @@ class Saver:
             results={name: _taken_back(value) for name, value in extra["results"].items()},
             metrics=dict(extra.get("metrics", {})),
             means=dict(extra.get("means", {})),
+            rows=extra.get("rows", 0),
         )
         run.reader.resume(restored.data, extra["read"])
         self._hooks.load(extra["hooks"])
