@@ -33,7 +33,7 @@ def compile_for(
     if scan is not None and _leaves_single(run, scan):
         run.compiled.add("batch")
         batch = jax.tree.map(lambda leaf: leaf[0], scan)
-    end = _most_steps(run, epochs=epochs, steps=steps)
+    end = most_steps(run, epochs=epochs, steps=steps)
     if log.updates is None:
         measures = log.minutes is not None
     else:
@@ -51,7 +51,7 @@ def _leaves_single(run: Run, scan: Any) -> bool:
     return batches is not None and batches % len(jax.tree.leaves(scan)[0]) > 0
 
 
-def _most_steps(run: Run, *, epochs: int | None, steps: int | None) -> int | None:
+def most_steps(run: Run, *, epochs: int | None, steps: int | None) -> int | None:
     """An upper bound of the steps of a run; None where the length of the data is not known."""
     bounds = [steps] if steps is not None else []
     if epochs is not None and (batches := run.reader.batches_an_epoch) is not None:

@@ -16,6 +16,7 @@ from functrain.errors import DataError
 from functrain.loop.datasets import builder_of, source_of, stacked
 from functrain.loop.maps import BatchMap, ExampleMap
 from functrain.loop.tensors import arrays_of
+from functrain.tree.warn import warn
 
 Batch: TypeAlias = dict[str, Any]
 Last: TypeAlias = Literal["keep", "drop", "pad"]
@@ -57,6 +58,11 @@ class Data:
     def __post_init__(self) -> None:
         if self.last not in get_args(Last):
             raise DataError(f"last={self.last!r}: write 'keep', 'drop' or 'pad'")
+        for name in ("batch_size", "seed"):
+            if not hasattr(value := getattr(self, name), "__index__"):
+                raise DataError(
+                    f"{name}={value!r} ({type(value).__name__}): write a whole number, batch_size=32, seed=0"
+                )
         if self.seed < 0:
             raise DataError(f"seed={self.seed}: write an integer that is not negative")
         if self.batch_size < 1 or self.batch_size % self.processes:
@@ -246,7 +252,7 @@ def from_arrays(
     def fetch(rows: np.ndarray) -> Batch:
         return {name: _gathered(column, rows) for name, column in columns.items()}
 
-    return Data(
+    data = Data(
         fetch=fetch,
         examples=examples,
         batch_size=batch_size,
@@ -257,6 +263,8 @@ def from_arrays(
         processes=jax.process_count(),
         read_ahead=0,
     )
+    _tell_of_one_batch(data)
+    return data
 
 
 def from_tfds(
@@ -304,7 +312,7 @@ def from_tfds(
         records = [source[row] for row in rows.tolist()]
         return {name: stacked(name, [record[name] for record in records], dtypes[name]) for name in dtypes}
 
-    return Data(
+    data = Data(
         fetch=fetch,
         examples=len(source),
         batch_size=batch_size,
@@ -315,6 +323,16 @@ def from_tfds(
         processes=jax.process_count(),
         read_ahead=4,
     )
+    _tell_of_one_batch(data)
+    return data
+
+
+def _tell_of_one_batch(data: Data) -> None:
+    if data.last == "keep" and data.batch_size > data.examples:
+        warn(
+            f"batch_size={data.batch_size} of {data.examples} examples: an epoch is one batch of {data.examples}; write"
+            f" batch_size={data.examples}, or less for more updates in an epoch"
+        )
 
 
 def _gathered(column: np.ndarray, rows: np.ndarray) -> np.ndarray:

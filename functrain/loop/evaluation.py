@@ -22,6 +22,7 @@ from functrain.tree.arrays import replicated_over, wide
 from functrain.tree.paths import PyTree
 from functrain.tree.text import listed
 
+_OF_MANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _NO_BATCH = "the evaluation data has no batch: give data that can be read more than once"
 
 
@@ -61,6 +62,11 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.params not in ("last", "ema"):
             raise EvaluationError(f"Evaluation(..., params={self.params!r}): write 'last' or 'ema'")
+        _check_step(self.eval_step)
+        if not hasattr(self.data, "__iter__") and not hasattr(self.data, "__getitem__"):
+            raise EvaluationError(
+                f"data={self.data!r:.100} is no iterable of batches: write ft.Evaluation(eval_step, data)"
+            )
         if not isinstance(self.every, Every):
             raise EvaluationError(f"every={self.every!r}: give an Every, ft.Every(updates={self.every!r})")
 
@@ -203,6 +209,22 @@ class Evaluation:
             return batch, mask
         padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], size - length, axis=0)]), batch)
         return padded, np.pad(mask, (0, size - length))
+
+
+def _check_step(eval_step: Any) -> None:
+    if not callable(eval_step):
+        raise EvaluationError(
+            f"eval_step={eval_step!r:.100} ({type(eval_step).__name__}) is no function, which comes first: write"
+            " ft.Evaluation(eval_step, data)"
+        )
+    declared = [*inspect.signature(eval_step).parameters.values()][2:]
+    needed = [each.name for each in declared if each.default is each.empty and each.kind not in _OF_MANY]
+    if unknown := [name for name in needed if name != "model_state"]:
+        drawn = "; draw with a key that is made in it, jax.random.key(0)" if "key" in unknown else ""
+        raise EvaluationError(
+            f"eval_step declares {listed(unknown)}, which an evaluation does not give: write eval_step(params, batch),"
+            f" or eval_step(params, batch, model_state){drawn}"
+        )
 
 
 def _sum(name: str, value: Any, weight: Any, mask: Any) -> tuple[Any, Any]:

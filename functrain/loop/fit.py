@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -21,13 +21,13 @@ from functrain.loop.given import check_given, check_results
 from functrain.loop.hooks import EarlyStopping, Hook, Hooks
 from functrain.loop.lines import LOG
 from functrain.loop.logs import JsonLines, Logger
-from functrain.loop.progress import progress_shown
+from functrain.loop.progress import Shown, nothing_to_do, progress_shown, went_on
 from functrain.loop.reader import Reader
 from functrain.loop.rows import Rows
 from functrain.loop.run import Run
 from functrain.loop.saving import Rates, Saver
 from functrain.loop.signals import StopSignals
-from functrain.loop.training import Plan, train
+from functrain.loop.training import Plan, is_through, train
 from functrain.update.consumed import check_not_deleted
 from functrain.update.packed import as_it_was
 from functrain.update.state import TrainState
@@ -109,7 +109,7 @@ def fit(
         of the updates are weighted means since the last row, summed on the device, which is not read in between.
       log_last: log the metrics of the last update alone as well, under "train/last".
       progress: a progress bar; by default where there is a terminal, and where there is none a line at each evaluation
-        and at each epoch's end; False for neither.
+        and at each epoch's end, and where a run goes on from; False for none.
       stop: when to stop early.
       hooks: more that is done in a run.
       unroll: turns of the update (windows, and with phases whole cycles) in one dispatch, `update.scan`.
@@ -161,9 +161,9 @@ def fit(
     check_results(plan.evaluations, watching, plan.kept_best, as_it_was(state))
     run = _run(update, state, data, plan, prefetch, compilation_cache)
     with StopSignals() as signals, contextlib.ExitStack() as stack:
-        _begin(run, plan, stack, regroup=regroup, fresh=fresh)
-        bar = progress_shown(run, epochs=epochs, steps=steps, data=data, wanted=progress)
-        _go_through(run, plan, signals, stack.enter_context(bar), regroup=regroup, autopsy=autopsy)
+        restored = _begin(run, plan, stack, regroup=regroup, fresh=fresh)
+        shown = stack.enter_context(progress_shown(run, epochs=epochs, steps=steps, data=data, wanted=progress))
+        _go_through(run, plan, signals, shown, restored, regroup=regroup, autopsy=autopsy)
         if signals.received is not None:
             raise SystemExit(signals.exit_code)
         _take_best(run, plan, regroup=regroup)
@@ -181,8 +181,8 @@ def _run(
     return Run(update, state, Reader(data, prefetch, place), plan.rows.add)
 
 
-def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, fresh: bool) -> None:
-    """Has a run go on where it stood, or begin; what is opened for it, the stack closes."""
+def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, fresh: bool) -> Restored | None:
+    """Has a run go on where it stood, or begin, None; what is opened for it, the stack closes."""
     stack.callback(plan.rows.close)
     if plan.saver:
         plan.saver.checkpoints.open()
@@ -194,6 +194,7 @@ def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, 
         check_not_deleted(jax.tree.leaves(run.state))
     _tell_regrouped(restored)
     plan.rows.resume(run, is_restored=restored is not None)
+    return restored
 
 
 def _start_anew(checkpoints: Checkpoints | None) -> None:
@@ -207,14 +208,21 @@ def _start_anew(checkpoints: Checkpoints | None) -> None:
 
 
 def _go_through(
-    run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None], *, regroup: bool, autopsy: bool
+    run: Run,
+    plan: Plan,
+    signals: StopSignals,
+    shown: Shown,
+    restored: Restored | None,
+    *,
+    regroup: bool,
+    autopsy: bool,
 ) -> None:
     """Trains, saves, and tells the hooks how it begins and ends; the error of a NaN says what there is to say."""
     error: BaseException | None = None
     try:
         plan.hooks.tell("run_started", run)
         try:
-            train(run, plan, signals, show)
+            _train(run, plan, signals, shown, restored)
         finally:
             run.reader.rest()
     except BaseException as raised:
@@ -226,6 +234,16 @@ def _go_through(
         plan.hooks.tell("run_ended", run, error)
     if plan.saver:
         plan.saver.checkpoints.wait()
+
+
+def _train(run: Run, plan: Plan, signals: StopSignals, shown: Shown, restored: Restored | None) -> None:
+    """Trains, and says of a run that was there before where it goes on, or that nothing is left of it."""
+    is_over, stood = is_through(run, plan), (run.step, run.epoch)
+    if restored is not None and not is_over:
+        shown.say(went_on(run, restored.path))
+    train(run, plan, signals, shown.update)
+    if restored is not None and is_over and (run.step, run.epoch) == stood:
+        shown.say(nothing_to_do(run, restored.path.parent))
 
 
 def _take_best(run: Run, plan: Plan, *, regroup: bool) -> None:

@@ -1,6 +1,7 @@
 """What `fit` is given in the place of what it takes, said before anything runs."""
 
 import inspect
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
 from functrain.loop.hooks import EarlyStopping, Hook, OnResult
 from functrain.loop.saving import Rates
+from functrain.tree.text import listed
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 
@@ -39,6 +41,8 @@ def check_given(options: Mapping[str, Any]) -> None:
             raise FitError(f"{name}={options[name]!r}: give a list, {name}={example}")
     if options["rates"] not in get_args(Rates):
         raise FitError(f"rates={options['rates']!r}: write rates='program' or rates='checkpoint'")
+    for logger in options["loggers"]:
+        _is_logger(logger)
     for hook in options["hooks"]:
         _is(hook, Hook, "hooks=", "a class with the base ft.Hook")
 
@@ -73,6 +77,14 @@ def _is(given: Any, kind: type, name: str, example: str) -> None:
         shown = given.__name__ if callable(given) and hasattr(given, "__name__") else "" if has_arrays else repr(given)
         what = f"{shown[:100]} ({type(given).__name__})" if shown else type(given).__name__
         raise FitError(f"{name} takes {kind.__name__}, not {what}: write {example}")
+
+
+def _is_logger(given: Any) -> None:
+    absent = [name for name in ("log", "resume", "close") if not callable(getattr(given, name, None))]
+    if absent:
+        is_path = isinstance(given, str | os.PathLike)
+        write = f"ft.JsonLines({os.fspath(given)!r})" if is_path else "ft.JsonLines(path), or an object that has them"
+        raise FitError(f"loggers=: {given!r:.100} is no logger, as it has no {listed(absent)}: write {write}")
 
 
 def check_data(data: Any) -> None:

@@ -126,8 +126,8 @@ class EarlyStopping(OnResult):
     """
 
     def __init__(self, result: str, *, patience: int, mode: Mode | None = None, least: float = 0.0) -> None:
-        if patience < 1:
-            raise FitError(f"EarlyStopping(patience={patience}): give at least 1")
+        if not hasattr(patience, "__index__") or patience < 1:
+            raise FitError(f"EarlyStopping(patience={patience!r}): give a whole number of at least 1, patience=3")
         super().__init__(result, mode, least)
         self.patience = patience
 

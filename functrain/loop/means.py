@@ -59,6 +59,11 @@ class Means:
         for name, of_phase in metrics.items():
             self._phases[name].add(of_phase, weights[name])
 
+    @property
+    def has_new(self) -> bool:
+        """Whether a step was made since the last row."""
+        return any(phase.has_new for phase in self._phases.values())
+
     def row(self) -> dict[str, float]:
         """The numbers of a row, by name; the next row begins after them.
 
@@ -119,8 +124,12 @@ class _OfPhase:
         if self._updates >= _AT_ONCE:
             self._add_up()
 
+    @property
+    def has_new(self) -> bool:
+        return bool(self._calls or self._sums)
+
     def row(self) -> dict[str, float]:
-        if self._calls or self._sums:
+        if self.has_new:
             means, counts, updates = self.summed()
             self._shown = {**self.last(), **flattened(means), **counts, f"{self._prefix}mean_of_updates": updates}
             self._sums, self._summed = {}, None

@@ -95,6 +95,10 @@ class TopK:
     scores: str = "scores"
     label: str = "label"
 
+    def __post_init__(self) -> None:
+        if not hasattr(self.k, "__index__") or self.k < 1:
+            raise EvaluationError(f"TopK(k={self.k!r}): give a whole number of at least 1, TopK(5)")
+
     @property
     def names(self) -> tuple[str, ...]:
         """The outputs that it takes."""
@@ -105,7 +109,18 @@ class TopK:
         return jnp.zeros(()), jnp.zeros(())
 
     def accumulate(self, acc: Any, outputs: Mapping[str, Any], mask: Any) -> Any:
-        """Counts a batch."""
+        """Counts a batch.
+
+        Raises:
+          EvaluationError: the scores are of fewer classes than k.
+        """
+        shape = jnp.shape(outputs[self.scores])
+        if len(shape) != 2 or shape[1] < self.k:
+            most = f", or TopK({shape[1]}) at most" if len(shape) == 2 else ""
+            raise EvaluationError(
+                f"TopK({self.k}): the scores {self.scores!r} are of shape {shape}; give (batch, classes) with at least"
+                f" {self.k} classes{most}"
+            )
         _, best = jax.lax.top_k(outputs[self.scores], self.k)
         hits = jnp.any(best == outputs[self.label][:, None], axis=1)
         return acc[0] + jnp.sum(mask * hits), acc[1] + jnp.sum(mask)

@@ -3,7 +3,8 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,22 +14,52 @@ from functrain.loop.run import Run
 _MOST = 8  # Numbers of a line.
 
 
+class Shown(NamedTuple):
+    """What is shown of a run.
+
+    Attributes:
+      update: brings it up to date.
+      say: shows a line of text beside it.
+    """
+
+    update: Callable[[], None]
+    say: Callable[[str], None]
+
+
 @contextlib.contextmanager
 def progress_shown(
     run: Run, *, epochs: int | None, steps: int | None, data: Any, wanted: bool | None
-) -> Iterator[Callable[[], None]]:
-    """Shows how far a run is, on the terminal or to a file; gives the function that brings it up to date."""
+) -> Iterator[Shown]:
+    """Shows how far a run is, on the terminal or to a file."""
     if jax.process_index() or wanted is False:
-        yield lambda: None
+        yield Shown(lambda: None, lambda text: None)
     elif wanted or sys.stderr.isatty():
-        with _bar(run, steps or _total(run, epochs, data)) as show:
-            yield show
+        with _bar(run, steps or _total(run, epochs, data)) as shown:
+            yield shown
     else:
-        yield _lines(run)
+        yield Shown(_lines(run), _say)
+
+
+def went_on(run: Run, path: Path) -> str:
+    """From which checkpoint a run goes on, in a line."""
+    return f"went on from {path}, step {run.step:,}, epoch {run.epoch}"
+
+
+def nothing_to_do(run: Run, directory: Path) -> str:
+    """Why a run made no step, in a line."""
+    why = f" ({run.stopped})" if run.stopped else ""
+    return (
+        f"{directory} was finished at step {run.step:,}, epoch {run.epoch}{why}: nothing to do; for another run give"
+        " another folder, or fit(..., fresh=True)"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _bar(run: Run, total: int | None) -> Iterator[Callable[[], None]]:
+def _bar(run: Run, total: int | None) -> Iterator[Shown]:
     from tqdm import tqdm
 
     shown = 0
@@ -41,7 +72,7 @@ def _bar(run: Run, total: int | None) -> Iterator[Callable[[], None]]:
                 shown = len(run.history)
                 bar.set_postfix({name: value for name, value in run.history[-1].items() if name.endswith("/loss")})
 
-        yield show
+        yield Shown(show, lambda text: bar.write(text, file=sys.stderr))
 
 
 def _lines(run: Run) -> Callable[[], None]:
@@ -51,7 +82,7 @@ def _lines(run: Run) -> Callable[[], None]:
         nonlocal epoch
         if run.evaluated or run.epoch != epoch:
             epoch = run.epoch
-            print(f"step {run.step:,}, epoch {run.epoch}: {_numbers(run)}", file=sys.stderr, flush=True)
+            _say(f"step {run.step:,}, epoch {run.epochs_given}: {_numbers(run)}")
 
     return show
 

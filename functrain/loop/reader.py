@@ -38,6 +38,7 @@ class Reader:
       place: what that thread sends each with to where it is needed.
 
     Attributes:
+      data: as given.
       read: how many batches of this epoch were given out; 0 between two epochs.
     """
 
@@ -45,7 +46,7 @@ class Reader:
         if not isinstance(prefetch, int) or prefetch < 0:
             raise FitError(f"prefetch={prefetch!r}: give the number of batches to read in advance, such as 2")
         self.read = 0
-        self._data: Any = data
+        self.data: Any = data
         self._prefetch = prefetch
         self._prepare: Callable[[Any], Any] = (lambda batch: place(arrays_of(batch))) if place else arrays_of
         self._batches: Iterator[Any] | None = None
@@ -60,7 +61,7 @@ class Reader:
     @property
     def batches_an_epoch(self) -> int | None:
         """How many batches an epoch has; None where the data does not tell."""
-        return len(self._data) if hasattr(self._data, "__len__") else None
+        return len(self.data) if hasattr(self.data, "__len__") else None
 
     @property
     def position(self) -> Any:
@@ -74,12 +75,12 @@ class Reader:
 
     def again(self, position: Any, read: int) -> "Reader | None":
         """A reader of the same data from a position that this one was at; None where the data can't go back there."""
-        is_sequence, is_spent = isinstance(self._data, Sequence), isinstance(self._data, Iterator)
+        is_sequence, is_spent = isinstance(self.data, Sequence), isinstance(self.data, Iterator)
         if not (self._is_resumable or is_sequence) or (is_spent and position is None):
             return None
         if read and not self._is_resumable and self._began_again:
             return None  # Nobody knows whether it was read before the epoch began again, or after.
-        other = Reader(self._data)
+        other = Reader(self.data)
         other.resume(position, read)
         other._passes_over = not self._is_resumable
         return other
@@ -144,7 +145,7 @@ class Reader:
         self._workers.end(self._batches)
 
     def _begun(self, epoch: int) -> Any:
-        batches: Any = iter(self._data.epoch(epoch) if callable(getattr(self._data, "epoch", None)) else self._data)
+        batches: Any = iter(self.data.epoch(epoch) if callable(getattr(self.data, "epoch", None)) else self.data)
         if self.read and self._position is not None and _can_be_resumed(batches):
             batches.set_state(self._position)
         return batches

@@ -1,5 +1,6 @@
 """The numbers of a run: where they go, and which were written before."""
 
+import collections
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,28 +25,27 @@ class Rows:
     def __init__(self, loggers: Sequence[Logger], path: Path | None, *, log_last: bool) -> None:
         self._path, self._log_last = path, log_last
         self._loggers = [Unfailing(logger) for logger in loggers]
-        self._since, self._trained = Moment(), -1
-        self._written: set[tuple[Any, ...]] = set()
+        self._since = Moment()
+        self._written: collections.Counter[tuple[Any, ...]] = collections.Counter()
 
     def resume(self, run: Run, *, is_restored: bool) -> None:
         """Begins to write; what a log has past the run's step never happened. A restored run takes its history."""
         for logger in self._loggers:
             logger.resume(run.step if is_restored or run.step else -1)
         self._since = run.now
-        self._trained = -1 if is_restored and run.step else run.step
         if self._path is not None and is_restored:
             rows = [row for row in _read(self._path) if row["step"] <= run.step]
             run.history = [{name: value for name, value in row.items() if name != "time"} for row in rows]
             # An epoch's end is no step: of its last step, the log may have what came after the checkpoint.
             here = [row for row in run.history if row["step"] == run.step]
-            self._written = {title(row) for row in here}
-            if any(name.startswith("train/") for row in here for name in row):
-                self._trained = run.step
+            self._written = collections.Counter(map(title, here[run.rows :]))
 
     def add(self, run: Run, numbers: Mapping[str, Any]) -> None:
         """Writes numbers of the step and epoch where the run stands, unless it wrote them before it was killed."""
-        row = {"step": run.step, "epoch": run.epoch, **flattened(numbers)}
-        if title(row) in self._written:
+        row = {"step": run.step, "epoch": run.epochs_given, **flattened(numbers)}
+        run.rows += 1
+        if self._written[title(row)]:
+            self._written[title(row)] -= 1
             return
         run.history.append(row)
         for logger in self._loggers:
@@ -60,17 +60,13 @@ class Rows:
             row["train/steps_per_second"] = (now.step - self._since.step) / elapsed
         optim = run.update.optim
         named, joined = optim.hyperparameters(run.state.opt_state), optim.trained_at(now.step - 1)
-        self._since, self._trained = now, now.step
+        self._since = now
         return row | {
             f"train/{name}/{part}": float(value)
             for part in named
             if optim.owners[part] in joined
             for name, value in named[part].items()
         }
-
-    def has_training(self, run: Run) -> bool:
-        """Whether the training up to the run's step has a row."""
-        return self._trained == run.step
 
     def flush(self) -> None:
         """Returns when what was written is on disk."""

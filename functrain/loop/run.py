@@ -29,6 +29,8 @@ class Run:
       results: the newest results of each evaluation, by name: "valid/loss".
       evaluated: the results of the evaluations that ended just now.
       history: the rows that were logged.
+      rows: how many of them are of this step, without those that a log has from before the run was started again, and
+        that are not come to yet.
       stopped: why the run ended before its end; None while it goes on.
       compiled: the kinds of calls whose programs were compiled: "batch", "scan".
       done_until: the moment up to which all that was due is done.
@@ -44,6 +46,7 @@ class Run:
         self.results: dict[str, Any] = {}
         self.evaluated: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
+        self.rows = 0
         self.stopped: str | None = None
         self.compiled: set[str] = set()
         self.means = Means([phase.name for phase in update.schedule.phases])
@@ -67,9 +70,16 @@ class Run:
         """Where the run stands."""
         return Moment(self.step, self.epoch, time.monotonic() - self._began)
 
+    @property
+    def epochs_given(self) -> int:
+        """Finished epochs, with the one of which all batches were given out, where the data tells how many it has."""
+        count, read = self.reader.batches_an_epoch, self.reader.read
+        return self.epoch + (count is not None and 0 < count <= read)
+
     def take(self, state: TrainState, metrics: dict[str, Any], weights: Any) -> bool:
         """Takes in what an update returned; says whether it made a step."""
         before, self.state, self.step = self.step, state, int(state.step)
+        self.rows = self.rows if self.step == before else 0
         if metrics:
             self.metrics = metrics
             if self.step != before:
@@ -97,9 +107,17 @@ class Run:
         self.epoch += 1
 
     def go_on(
-        self, *, epoch: int, seconds: float, results: dict[str, Any], metrics: dict[str, Any], means: dict[str, Any]
+        self,
+        *,
+        epoch: int,
+        seconds: float,
+        results: dict[str, Any],
+        metrics: dict[str, Any],
+        means: dict[str, Any],
+        rows: int,
     ) -> None:
         """Stands where it stood when it was saved."""
+        self.rows = rows
         self.step, self.epoch, self.results, self.metrics = int(self.state.step), epoch, results, metrics
         self.means.load(means, metrics)
         self._began -= seconds

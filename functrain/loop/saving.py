@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +15,7 @@ from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.hooks import Hooks
 from functrain.loop.run import Run
+from functrain.loop.same_data import check_same, described
 from functrain.optim.held import RATE, settings_in
 from functrain.tree.warn import warn
 from functrain.update.consumed import check_not_deleted
@@ -62,6 +64,8 @@ class Saver:
             "hooks": self._hooks.states(),
             "rates": {part: value for (part, name), value in self._taken.items() if name == RATE},
             "hyperparameters": [[*which, value] for which, value in self._taken.items() if which[1] != RATE],
+            "rows": run.rows,
+            "data": described(run.reader.data),
         }
         try:
             self.checkpoints.save(run.state, data=run.reader.position, metrics=scalars(run.evaluated), extra=extra)
@@ -72,20 +76,27 @@ class Saver:
         self._hooks.tell("checkpoint_saved", run)
 
     def restore(self, run: Run, *, regroup: bool) -> Restored | None:
-        """Has a run go on from the newest sound checkpoint, if there is one."""
+        """Has a run go on from the newest sound checkpoint, if there is one.
+
+        Raises:
+          FitError: it stands within an epoch of other data.
+        """
         self._given = self._taken = _constants(run.state)
         restored = self.read(run, regroup=regroup)
         if restored is None:
             return None
+        _tell_of_key(run.state.key, restored.state.key)
         run.state = restored.state
         # One that was saved without `fit` has nothing but the state.
         extra = restored.extra or {"epoch": 0, "read": 0, "results": {}, "seconds": 0.0, "hooks": []}
+        check_same(extra.get("data"), run.reader.data, path=restored.path, epoch=extra["epoch"], read=extra["read"])
         run.go_on(
             epoch=extra["epoch"],
             seconds=extra["seconds"],
             results={name: _taken_back(value) for name, value in extra["results"].items()},
             metrics=dict(extra.get("metrics", {})),
             means=dict(extra.get("means", {})),
+            rows=extra.get("rows", 0),
         )
         run.reader.resume(restored.data, extra["read"])
         self._hooks.load(extra["hooks"])
@@ -193,3 +204,19 @@ def _said_before(extra: Mapping[str, Any]) -> Constants:
     """What the program of a checkpoint said."""
     rates = {(part, RATE): value for part, value in extra.get("rates", {}).items()}
     return rates | {(part, name): value for part, name, value in extra.get("hyperparameters", [])}
+
+
+def _tell_of_key(given: Any, kept: Any) -> None:
+    """Warns of a key that is another than the one that the run goes on with."""
+    is_gone = isinstance(given, jax.Array) and given.is_deleted()  # With the state of an earlier run.
+    if given is None or kept is None or is_gone or _bits(given) == _bits(kept):
+        return
+    warn(
+        f"the run goes on with the random key of the checkpoint, {_bits(kept)}, and not with the one of update.init,"
+        f" {_bits(given)}; for a run with that, give another folder, or fit(..., fresh=True)"
+    )
+
+
+def _bits(key: Any) -> Any:
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(key) if is_typed else key).tolist()

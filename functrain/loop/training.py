@@ -8,7 +8,7 @@ import jax
 
 from functrain.errors import FitError
 from functrain.loop.batches import put, put_stacked
-from functrain.loop.compiling import compile_for
+from functrain.loop.compiling import compile_for, most_steps
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
 from functrain.loop.hooks import Hooks
@@ -92,7 +92,7 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
         before, now = run.done_until, run.now
         run.done_until, run.evaluated = now, {}
         ends_epoch = now.epoch != before.epoch
-        logs = run.metrics and (plan.log.due(before, now) or (ends_epoch and not plan.rows.has_training(run)))
+        logs = run.metrics and (plan.log.due(before, now) or (ends_epoch and run.means.has_new))
         evaluations = [evaluation for evaluation in plan.evaluations if evaluation.every.due(before, now)]
         saves = saver is not None and saver.checkpoints.every.due(before, now)
         if logs or evaluations or ends_epoch:
@@ -146,6 +146,12 @@ def _is_over(run: Run, plan: Plan, signals: StopSignals) -> bool:
     return run.stopped is not None or (plan.steps is not None and run.step >= plan.steps)
 
 
+def is_through(run: Run, plan: Plan) -> bool:
+    """Whether a run that stands here has nothing more to train."""
+    is_last_epoch = plan.epochs is not None and run.epoch >= plan.epochs
+    return run.stopped is not None or is_last_epoch or (plan.steps is not None and run.step >= plan.steps)
+
+
 def _next_count(run: Run, plan: Plan) -> int:
     """How many batches the next update takes: of a scan all; 1 if a window is pending, or the end or a stage before.
 
@@ -174,13 +180,27 @@ def _update(run: Run, plan: Plan, batches: Sequence[object]) -> bool:
     batch = put(batches[0], plan.sharding)
     compile_first(batch=batch)
     ends_window = int(state.pending) + 1 == update.accumulate
-    is_measured = ends_window and _will_log(run, plan, [update.schedule.turn(run.step)])
+    is_measured = ends_window and _will_be_shown(run, plan, update.schedule.turn(run.step))
     return run.take(*update.taken(state, batch, measured=is_measured))
 
 
 def _will_log(run: Run, plan: Plan, turns: Sequence[Turn]) -> bool:
     """Whether it is time to log after these turns."""
     return plan.log.due(run.done_until, run.now._replace(step=run.step + sum(map(len, turns))))
+
+
+def _will_be_shown(run: Run, plan: Plan, turn: Turn) -> bool:
+    """Whether it is time to log after this turn, or before all its phases step again: a row has the norms of each."""
+    schedule, log = run.update.schedule, plan.log
+    if not schedule.alternates or log.updates is None:
+        return _will_log(run, plan, [turn])
+    following = step = run.step + len(turn)
+    waiting = {*turn}
+    while waiting := waiting - {*(other := schedule.turn(step))}:
+        step += len(other)
+    end = most_steps(run, epochs=plan.epochs, steps=plan.steps)
+    last = step if end is None else max(following, min(step, end))
+    return log.due(run.done_until, run.now._replace(step=last))
 
 
 def _evaluate(run: Run, plan: Plan, due: Sequence[Evaluation]) -> None:

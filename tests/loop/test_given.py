@@ -28,6 +28,15 @@ def batches():
         ({"hooks": [Mine()]}, "hooks= takes Hook, not Mine() (Mine): write a class with the base ft.Hook"),
         ({"loggers": Mine()}, "loggers=Mine(): give a list, loggers=[ft.JsonLines(path)]"),
         (
+            {"loggers": ["x.jsonl"]},
+            "loggers=: 'x.jsonl' is no logger, as it has no 'log', 'resume', 'close': write ft.JsonLines('x.jsonl')",
+        ),
+        (
+            {"loggers": [Mine()]},
+            "loggers=: Mine() is no logger, as it has no 'log', 'resume', 'close': write"
+            " ft.JsonLines(path), or an object that has them",
+        ),
+        (
             {"evaluation": batches},
             "evaluation= takes Evaluation, not batches (function): write ft.Evaluation(eval_step, data)",
         ),
@@ -60,6 +69,47 @@ def test_how_often_is_said_with_every(tmp_path):
         ft.Checkpoints(tmp_path, every=7)
     with pytest.raises(ft.EvaluationError, match=re.escape("every=7: give an Every, ft.Every(updates=7)")):
         ft.Evaluation(lambda params, batch: {"loss": jnp.ones(2)}, data_of(), every=7)
+
+
+@pytest.mark.parametrize(
+    ("eval_step", "data", "told"),
+    [
+        (
+            lambda params, batch, key: {"loss": batch["x"]},
+            [],
+            "eval_step declares 'key', which an evaluation does not give: write eval_step(params, batch), or"
+            " eval_step(params, batch, model_state); draw with a key that is made in it, jax.random.key(0)",
+        ),
+        (lambda params, batch, rate, *rest, at=1: 0, [], "eval_step declares 'rate', which an evaluation does not"),
+        ([1], lambda params, batch: 0, "eval_step=[1] (list) is no function, which comes first: write ft.Evaluation("),
+        (batches, 3, "data=3 is no iterable of batches: write ft.Evaluation(eval_step, data)"),
+    ],
+)
+def test_an_evaluation_of_another_kind_is_told_where_it_is_made(eval_step, data, told):
+    with pytest.raises(ft.EvaluationError, match=re.escape(told)):
+        ft.Evaluation(eval_step, data)
+
+
+@pytest.mark.parametrize("given", ["5", 2.5, 0])
+def test_what_is_counted_is_a_whole_number(given):
+    told = f"EarlyStopping(patience={given!r}): give a whole number of at least 1, patience=3"
+    with pytest.raises(ft.FitError, match=re.escape(told)):
+        ft.EarlyStopping("valid/loss", patience=given)
+    with pytest.raises(ft.EvaluationError, match=re.escape(f"TopK(k={given!r}): give a whole number of at least 1")):
+        ft.TopK(given)
+    told = f"batch_size={given!r} ({type(given).__name__}): write a whole number" if given else "batch_size=0 over"
+    with pytest.raises(ft.DataError, match=re.escape(told)):
+        data_of(batch_size=given)
+    if given:
+        with pytest.raises(ft.DataError, match=re.escape(f"seed={given!r} ({type(given).__name__}): write a whole")):
+            data_of(seed=given)
+
+
+def test_a_batch_larger_than_the_data_is_warned_of_once():
+    told = "batch_size=100 of 18 examples: an epoch is one batch of 18; write batch_size=18, or less for more updates"
+    with pytest.warns(UserWarning, match=told) as warned:
+        data = data_of(batch_size=100).map_batches(dict)
+    assert (len(warned), len(data)) == (1, 1)
 
 
 def test_what_can_be_read_is_read():
@@ -122,6 +172,17 @@ def test_a_run_that_is_to_stop_by_a_result_needs_an_evaluation():
         (lambda params, batch: batch["x"], {}, ": return a dict by name, or a Loss"),
         (lambda params, batch: {"x": batch["x"]}, {}, "eval_step returned 'x' of shape (4, 3): return a scalar or one"),
         (lambda params, batch: {"x": params["heda"]}, {}, "'heda'"),
+        (
+            lambda params, batch: {"label": jnp.zeros(4, jnp.int32), "scores": batch["x"]},
+            {"metrics": {"top": ft.TopK(5)}},
+            "TopK(5): the scores 'scores' are of shape (4, 3); give (batch, classes) with at least 5 classes, or"
+            " TopK(3) at most",
+        ),
+        (
+            lambda params, batch: {"label": jnp.zeros(4, jnp.int32), "scores": batch["y"]},
+            {"metrics": {"top": ft.TopK(1)}},
+            "TopK(1): the scores 'scores' are of shape (4,); give (batch, classes) with at least 1 classes",
+        ),
         (squared, {"metrics": {"top": ft.TopK(2)}}, "metrics= takes 'scores', but eval_step returned"),
         (squared, {"metrics": {"loss": ft.OnHost(np.sum, "label")}}, "eval_step and metrics= both give 'loss': rename"),
         (squared, {"metrics": {"counts": ft.ConfusionMatrix(2, "loss", "label")}}, "integer"),

@@ -101,7 +101,75 @@ def test_the_last_step_of_every_epoch_has_a_row_also_of_a_short_run(tmp_path):
     for epochs in (1, 2):
         checkpoints = ft.Checkpoints(tmp_path, every=ft.Every(updates=1))
         result = ft.fit(*counted(update_of()), epochs=epochs, log=ft.Every(updates=2), checkpoints=checkpoints)
-    assert [(row["step"], row["epoch"]) for row in result.history] == [(2, 0), (4, 0), (6, 1), (8, 1)]
+    assert [(row["step"], row["epoch"]) for row in result.history] == [(2, 0), (4, 1), (6, 1), (8, 2)]
+
+
+@pytest.mark.parametrize("repeat", [{}, {"same_batch": True}])
+def test_a_row_has_the_norms_of_every_phase_and_no_others_are_measured(repeat):
+    phases = ft.alternate(
+        ft.Phase("d", loss_fn, "body", repeat=2),
+        ft.Phase("g", lambda params, batch: loss_fn(params, batch), "head", **repeat),
+    )
+    histories, measured = [], []
+
+    class Measured(ft.Hook):
+        def update_ended(self, run):
+            measured[-1].append(any("parts" in metrics for metrics in run.metrics.values()))
+
+    for each in (1, 4):
+        measured.append([])
+        options = {"steps": 8, "log": ft.Every(updates=each), "hooks": [Measured()]}
+        histories.append(ft.fit(*counted(update_of(phases), 9), **options).history)
+    rows = {row["step"]: row for row in histories[0]}
+    assert len(histories[1]) == 2
+    for row in histories[1]:
+        norms = [name for name in row if "/parts/" in name]
+        assert {name.split("/")[1] for name in norms} == {"d", "g"}
+        assert {name: row[name] for name in norms} == {name: rows[row["step"]][name] for name in norms}
+    if not repeat:  # Steps 4 and 8 have rows: of d, d, g the newest of each.
+        assert [step + 1 for step, is_measured in enumerate(measured[1]) if is_measured] == [3, 4, 6, 8]
+
+
+def test_all_rows_of_the_last_step_of_an_epoch_have_its_epoch_finished():
+    evaluations = [scripted(1, 2, name="one"), scripted(1, 2, name="two", every=ft.Every(updates=4))]
+    history = ft.fit(*counted(update_of()), epochs=2, log=ft.Every(updates=2), evaluation=evaluations).history
+    assert [(row["step"], row["epoch"], next(name for name in row if name.endswith("/loss"))) for row in history] == [
+        (2, 0, "train/loss"), (4, 1, "train/loss"), (4, 1, "two/loss"), (4, 1, "one/loss"),
+        (6, 1, "train/loss"), (8, 2, "train/loss"), (8, 2, "two/loss"), (8, 2, "one/loss"),
+    ]  # fmt: skip
+
+
+class Failing(ft.Hook):
+    """Logs numbers of one name twice at an epoch's last step, and fails once."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def update_ended(self, run):
+        if run.step == self.step:
+            raise OSError("the power is gone")
+        run.log({"count": run.step})
+
+    def epoch_ended(self, run):
+        run.log({"count": run.step})
+
+
+def test_a_run_that_fails_after_an_epochs_end_writes_each_row_once_and_the_next_of_its_own_updates(tmp_path):
+    """The checkpoint is of the epoch's last step, before its end; the log has the rows of both."""
+
+    def run(directory, step):
+        return ft.fit(
+            *counted(update_of()), epochs=2, log=ft.Every(updates=3), hooks=[Failing(step)],
+            checkpoints=ft.Checkpoints(directory, every=ft.Every(updates=4)),
+        ).history  # fmt: skip
+
+    with pytest.raises(OSError, match="the power is gone"):
+        run(tmp_path / "cut", 5)
+    whole, cut = (
+        [{**row, "train/steps_per_second": None} for row in run(tmp_path / name, None)] for name in ("whole", "cut")
+    )
+    assert cut == whole
+    assert [row["train/mean_of_updates"] for row in whole if "train/loss" in row] == [3, 1, 2, 2]
 
 
 def test_with_unroll_the_log_has_what_it_has_without():
@@ -207,11 +275,40 @@ def test_where_there_is_no_terminal_a_line_says_how_far_it_is(capsys):
     losses = [row["train/loss"] for row in result.history if "train/loss" in row]
     assert capsys.readouterr().err.splitlines() == [
         "step 2, epoch 0: valid/loss 5",
-        "step 4, epoch 0: valid/loss 7",
+        "step 4, epoch 1: valid/loss 7",
         f"step 4, epoch 1: train/loss {losses[0]:.4g} (mean of 4)",
         "step 6, epoch 1: valid/loss 9",
-        "step 8, epoch 1: valid/loss 11",
+        "step 8, epoch 2: valid/loss 11",
         f"step 8, epoch 2: train/loss {losses[1]:.4g} (mean of 4)",
     ]
     ft.fit(*counted(update_of()), epochs=1, progress=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("progress", [None, True])
+def test_a_run_that_goes_on_says_from_where_and_one_of_which_nothing_is_left_that_it_is_over(
+    tmp_path, capsys, progress
+):
+    def said(epochs, **options):
+        checkpoints = ft.Checkpoints(tmp_path)
+        ft.fit(*counted(update_of()), epochs=epochs, checkpoints=checkpoints, **{"progress": progress} | options)
+        return capsys.readouterr().err
+
+    over = "step 8, epoch 2: nothing to do; for another run give another folder, or fit(..., fresh=True)"
+    first, second, third, fewer = said(1), said(2), said(2), said(1)
+    assert "went on" not in first
+    assert "nothing to do" not in first + second
+    assert f"went on from {tmp_path / '4'}, step 4, epoch 1\n" in second
+    assert all(f"{tmp_path} was finished at {over}\n" in again for again in (third, fewer))
+    assert "went on" not in third + fewer
+    assert said(2, progress=False) == ""
+
+
+def test_a_run_that_was_stopped_says_so_when_it_is_started_again(tmp_path, capsys):
+    for _ in range(2):
+        stop = ft.EarlyStopping("valid/loss", patience=1)
+        ft.fit(
+            *counted(update_of()), epochs=9, stop=stop, evaluation=scripted(1, 2), checkpoints=ft.Checkpoints(tmp_path)
+        )
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "at step 8, epoch 2 (valid/loss has not improved for 1 evaluations): nothing to do" in last
