@@ -223,7 +223,7 @@ def test_one_early_stopping_may_serve_two_runs():
 @pytest.mark.parametrize(
     ("result", "options", "told"),
     [
-        ("valid/loss", {"patience": 0}, "EarlyStopping(patience=0): give at least 1"),
+        ("valid/loss", {"patience": 0}, "EarlyStopping(patience=0): give a whole number of at least 1"),
         ("valid/loss", {"patience": 1, "mode": "least"}, "mode='least': write 'min' or 'max'"),
         ("valid/accuracy", {"patience": 1}, "is 'valid/accuracy' better when it is larger? Write mode='max'"),
     ],
