@@ -155,7 +155,9 @@ def failing(tests):
 @pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES + LONG * (SOAK > 1))
 def test_optaxs_own_tests_pass_of_transforms_in_a_part(module, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # Some modules ask for devices when they are imported.
+    monkeypatch.setenv(
+        "XLA_FLAGS", os.environ.get("XLA_FLAGS", "")
+    )  # Some modules ask for devices when they are imported.
     tests = list(cases_of(module))
     CALLS.clear()
     with monkeypatch.context() as patch:
