@@ -68,6 +68,28 @@ def test_it_has_a_key_of_its_own_for_each_step_however_the_steps_are_called(opti
     assert {step for step, _ in seen} == {*range(steps)}
 
 
+def test_its_key_is_not_the_one_that_the_loss_function_draws_from():
+    seen = {}
+
+    def told(who, key):
+        jax.debug.callback(lambda data: seen.setdefault(who, set()).add(data.tobytes()), jax.random.key_data(key))
+
+    def drawing(params, batch, key):
+        told("loss", key)
+        return loss_fn(params, batch)
+
+    def record(grads, *, key):
+        told("gradients", key)
+        return grads
+
+    for microbatches in (1, 3):
+        run(*update_of(drawing, gradients=record, microbatches=microbatches), BATCHES[:3])
+    jax.effects_barrier()
+    assert len(seen["gradients"]) == 3
+    assert len(seen["loss"]) == 3 + 9
+    assert seen["loss"].isdisjoint(seen["gradients"])
+
+
 def test_in_a_phase_it_is_given_the_parts_of_the_phase_and_another_key():
     given = {}
 
@@ -264,13 +286,19 @@ def test_an_example_has_a_key_of_its_own_and_one_of_weight_0_counts_for_nothing(
 
 
 def test_what_is_done_to_an_example_sees_its_gradient_without_the_scale_of_the_loss():
-    def scaled(scale):
-        update, state = update_of(per_example=clipped, loss_scale=scale)
-        return run(update, state, BATCHES[:1])[0].params
+    """Of some gradients the norm is below that to which they are clipped, and above it when they are scaled."""
+    norms = jax.vmap(optax.tree.norm)(by_example(linear_params(), BATCHES[0]))
+    middle = float(jnp.median(norms))
 
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5), scaled(ft.DynamicScale(2.0**12)), scaled(None)
-    )
+    def stepped(scale):
+        params = linear_params()
+        per_example = functools.partial(clipped, norm=middle)
+        update = ft.make_update(loss_fn, plainly(params), per_example=per_example, loss_scale=scale)
+        return run(update, update.init(params), BATCHES[:1])[0].params
+
+    assert norms.min() < middle < norms.max()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), stepped(ft.DynamicScale(2.0**12)),
+                 stepped(None))  # fmt: skip
 
 
 # What is refused.
