@@ -9,6 +9,7 @@ from functrain.loop.checkpoint.retention import Mode
 from functrain.loop.hooks import OnResult
 from functrain.loop.run import Run
 from functrain.optim.held import RATE, settings_in
+from functrain.tree.scalars import wrong_scalar
 from functrain.tree.text import did_you_mean, listed
 
 
@@ -49,11 +50,11 @@ class ReduceOnPlateau(OnResult):
         cooldown: int = 0,
         lowest: float = 0.0,
     ) -> None:
-        if not 0 < factor < 1:
+        if wrong_scalar(factor) or not 0 < factor < 1:
             raise FitError(f"ReduceOnPlateau(factor={factor!r}): give a number between 0 and 1")
         given = {"patience": patience, "cooldown": cooldown, "lowest": lowest}
-        if negative := [name for name, value in given.items() if value < 0]:
-            raise FitError(f"ReduceOnPlateau({negative[0]}={given[negative[0]]!r}): give at least 0")
+        if wrong := [name for name, value in given.items() if wrong_scalar(value)]:
+            raise FitError(f"ReduceOnPlateau({wrong[0]}={given[wrong[0]]!r}): give a number of at least 0")
         self._parts = (parts,) if isinstance(parts, str) else parts
         self.factor, self.patience, self.cooldown, self.lowest = factor, patience, cooldown, lowest
         super().__init__(result, mode, least)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -17,7 +17,7 @@ from functrain.optim.declared import accepted
 from functrain.optim.held import RATE, Held, WithLrState, WithStateState
 from functrain.tree.paths import same_structure
 from functrain.tree.scalars import wrong_scalar
-from functrain.tree.text import listed
+from functrain.tree.text import did_you_mean, listed
 
 Clock: TypeAlias = Literal["part", "run"]
 
@@ -68,6 +68,7 @@ def with_lr(
     if not callable(lr) and (wrong := wrong_scalar(lr)):
         raise OptimizerError(f"the rate of with_lr is {wrong}: give a finite number of at least 0, or a schedule")
     by_name = RATE in inspect.signature(factory).parameters
+    _check_arguments("with_lr", factory, rest)
 
     def make(learning_rate: Any) -> optax.GradientTransformation:
         return factory(learning_rate=learning_rate, **rest) if by_name else factory(learning_rate, **rest)
@@ -109,6 +110,7 @@ def with_state(
             " ft.with_state(optax.adamw, learning_rate=1e-3, b1=0.9)"
         )
     _check_clock("with_state", clock)
+    _check_arguments("with_state", factory, arguments)
     values = {name: value for name, value in arguments.items() if _is_float(value) or _is_schedule(value)}
     for name, value in values.items():
         if not callable(value) and (wrong := wrong_scalar(value, least=-math.inf)):
@@ -128,6 +130,17 @@ def with_state(
 def _check_clock(where: str, clock: Any) -> None:
     if clock not in get_args(Clock):
         raise OptimizerError(f"{where}(..., clock={clock!r}): write 'part' or 'run'")
+
+
+def _check_arguments(where: str, factory: Callable[..., Any], names: Iterable[str]) -> None:
+    """Raises for an argument that the factory does not take."""
+    parameters = inspect.signature(factory).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    if not takes_any and (unknown := [name for name in names if name not in parameters]):
+        raise OptimizerError(
+            f"{where}({getattr(factory, '__name__', factory)}, ...): it takes no {listed(unknown)}; its arguments are"
+            f" {listed(parameters, 30)}{did_you_mean(unknown, parameters)}"
+        )
 
 
 def _is_float(value: Any) -> bool:

@@ -106,7 +106,9 @@ def test_no_rate_at_all_is_an_error():
     ("options", "message"),
     [
         ({"factor": 1.5}, "ReduceOnPlateau(factor=1.5): give a number between 0 and 1"),
-        ({"patience": -1}, "ReduceOnPlateau(patience=-1): give at least 0"),
+        ({"factor": "0.5"}, "ReduceOnPlateau(factor='0.5'): give a number between 0 and 1"),
+        ({"patience": -1}, "ReduceOnPlateau(patience=-1): give a number of at least 0"),
+        ({"patience": "3"}, "ReduceOnPlateau(patience='3'): give a number of at least 0"),
         ({"result": "valid/accuracy"}, "ReduceOnPlateau('valid/accuracy'): "),
     ],
 )

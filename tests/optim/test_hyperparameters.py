@@ -252,3 +252,10 @@ def test_a_transform_that_hands_nothing_on_loses_what_is_set():
     plain = optax.GradientTransformation(inner.init, lambda updates, state, params=None: inner.update(updates, state))
     with pytest.raises(ft.OptimizerError, match=says("around its with_state takes no extra arguments, so that 'b1'")):
         run(optimizer(plain), set={"part": {"b1": 0.5}})
+
+
+def test_an_argument_that_the_factory_does_not_take_is_an_error_where_it_is_given():
+    with pytest.raises(ft.OptimizerError, match=r"with_state\(adamw, ...\): it takes no 'b_1'; .*did you mean 'b1'"):
+        ft.with_state(optax.adamw, learning_rate=0.1, b_1=0.9)
+    with pytest.raises(ft.OptimizerError, match=r"with_lr\(adam, ...\): it takes no 'momentum'; its arguments are"):
+        ft.with_lr(optax.adam, 0.1, momentum=0.9)
