@@ -22,6 +22,7 @@ from functrain.errors import (
     PartitionError,
     PhaseError,
     SaveError,
+    StorageError,
     UpdateError,
 )
 
@@ -104,6 +105,7 @@ __all__ = [
     "SaveError",
     "Selector",
     "StopSignals",
+    "StorageError",
     "Sweep",
     "TensorBoard",
     "TopK",
