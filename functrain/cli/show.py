@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from functrain.cli.answer import Answer, duration, moment, number
@@ -37,7 +36,7 @@ def run(arguments: Namespace) -> Answer:
     curves = curves_of(log.rows, everything=arguments.all)
     results = _results(curves_of(log.rows, everything=False), modes)
     data = {
-        "run": str(place.folder.directory),
+        "run": place.folder.where,
         "trained": None if held is None else _trained(held),
         "progress": _progress(newest, held, log),
         "results": results,
@@ -110,9 +109,8 @@ def _best(entries: list[Entry], modes: Mapping[str, Mode]) -> dict[str, str | No
 
 
 def _log(place: Place, log: Log) -> dict[str, Any]:
-    path: Path | None = place.log
     return {
-        "path": None if path is None else str(path),
+        "path": place.shown_log,
         "rows": len(log.rows),
         "damaged": log.damaged,
         "repeated": log.repeated,
