@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from functrain.loop.hooks import EarlyStopping, Hook
     from functrain.loop.logs import JsonLines, Logger, TensorBoard, read_json_lines
     from functrain.loop.metrics import ConfusionMatrix, Metric, OnHost, TopK
+    from functrain.loop.outcome import Outcome
     from functrain.loop.plateau import ReduceOnPlateau
     from functrain.loop.run import Run
     from functrain.loop.signals import StopSignals
@@ -93,6 +94,7 @@ __all__ = [
     "OnHost",
     "Optimizer",
     "OptimizerError",
+    "Outcome",
     "Partition",
     "PartitionError",
     "Phase",
@@ -156,6 +158,7 @@ _LAZY = {
     "Metric": "functrain.loop.metrics",
     "OnHost": "functrain.loop.metrics",
     "Optimizer": "functrain.optim.optimizer",
+    "Outcome": "functrain.loop.outcome",
     "Partition": "functrain.tree.partition",
     "Phase": "functrain.update.phases",
     "ReduceOnPlateau": "functrain.loop.plateau",

@@ -12,7 +12,10 @@ from functrain.errors import EvaluationError
 
 
 class Metric(Protocol):
-    """What is more than a mean: gathered batch by batch, computed at the end. `names` are the outputs that it takes."""
+    """What is more than a mean: gathered batch by batch, computed at the end. `names` are the outputs that it takes.
+
+    It may have `figure(result)`, which draws what it computed, as a `matplotlib.figure.Figure`.
+    """
 
     names: tuple[str, ...]
 
@@ -28,7 +31,7 @@ class Metric(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ConfusionMatrix:
-    """Counts of examples by label (rows) and prediction (columns), int (classes, classes).
+    """Counts of examples by label (rows) and prediction (columns), int (classes, classes), whatever they weigh above 0.
 
     >>> metric = ConfusionMatrix(classes=2)
     >>> outputs = {"label": jnp.array([0, 1, 1]), "prediction": jnp.array([0, 1, 0])}
@@ -134,10 +137,12 @@ class TopK:
 class OnHost:
     """A function of all examples at once, such as scikit-learn's: `OnHost(roc_auc_score, "label", "score")`.
 
-    Its outputs are fetched batch by batch, and padding is left out.
+    Its outputs are fetched batch by batch, and padding is left out. Any object with `names` and `function` is such a
+    metric; one that has `figure(result)` too draws what the function returned.
 
     Attributes:
-      function: called with one NumPy array for each name, (examples, ...).
+      function: called with one NumPy array for each name, (examples, ...). Where batches have weights other than 0 and
+        1 it is given them as `sample_weight`, which it must declare, as scikit-learn's functions do.
       names: the outputs that it takes.
     """
 
