@@ -68,6 +68,16 @@ class Rows:
             for name, value in named[part].items()
         }
 
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Gives the configuration of the run to the loggers that take one."""
+        for logger in self._loggers:
+            logger.start(config)
+
+    def artifact(self, path: Path) -> None:
+        """Gives a file of the run's record, as it is now, to the loggers that take files."""
+        for logger in self._loggers:
+            logger.artifact(path)
+
     def flush(self) -> None:
         """Returns when what was written is on disk."""
         for logger in self._loggers:
