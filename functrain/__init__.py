@@ -21,6 +21,7 @@ from functrain.errors import (
     OptimizerError,
     PartitionError,
     PhaseError,
+    RecordError,
     SaveError,
     UpdateError,
 )
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from functrain.loop.metrics import ConfusionMatrix, Metric, OnHost, TopK
     from functrain.loop.outcome import Outcome
     from functrain.loop.plateau import ReduceOnPlateau
+    from functrain.loop.record.record import Record
     from functrain.loop.run import Run
     from functrain.loop.signals import StopSignals
     from functrain.loop.sweep import Sweep, lr_sweep
@@ -99,6 +101,8 @@ __all__ = [
     "PartitionError",
     "Phase",
     "PhaseError",
+    "Record",
+    "RecordError",
     "ReduceOnPlateau",
     "Restored",
     "Result",
@@ -161,6 +165,7 @@ _LAZY = {
     "Outcome": "functrain.loop.outcome",
     "Partition": "functrain.tree.partition",
     "Phase": "functrain.update.phases",
+    "Record": "functrain.loop.record.record",
     "ReduceOnPlateau": "functrain.loop.plateau",
     "Restored": "functrain.loop.checkpoint.reading",
     "Result": "functrain.loop.fit",

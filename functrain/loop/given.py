@@ -12,6 +12,7 @@ from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
 from functrain.loop.hooks import EarlyStopping, Hook, OnResult
+from functrain.loop.record.record import Record
 from functrain.loop.saving import Rates
 from functrain.tree.text import listed
 from functrain.update.state import TrainState
@@ -31,6 +32,8 @@ def check_given(options: Mapping[str, Any]) -> None:
         _is(options["log"], Every, "log=", f"ft.Every(updates={_number(options['log'])})")
     if options["checkpoints"] is not None:
         _is(options["checkpoints"], Checkpoints, "checkpoints=", f"ft.Checkpoints({str(options['checkpoints'])!r})")
+    if options["record"] is not None:
+        _is(options["record"], Record, "record=", f"ft.Record({str(options['record'])!r})")
     if options["stop"] is not None:
         _is(options["stop"], EarlyStopping, "stop=", "ft.EarlyStopping('valid/loss', patience=3)")
     evaluations = options["evaluation"]
