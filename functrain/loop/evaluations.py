@@ -13,14 +13,14 @@ from functrain.update.update import Update
 
 
 def prepared(
-    evaluations: Sequence[Evaluation], update: Update, sharding: jax.sharding.Sharding | None
+    evaluations: Evaluation | Sequence[Evaluation], update: Update, sharding: jax.sharding.Sharding | None
 ) -> list[Evaluation]:
     """The evaluations, of whole params; their batches go where those of training go unless they say otherwise.
 
     Raises:
       FitError: one is of averages, and the update has none.
     """
-    evaluations = list(evaluations)
+    evaluations = [evaluations] if isinstance(evaluations, Evaluation) else list(evaluations)
     if any(each.params == "ema" for each in evaluations) and update.options.averages is None:
         raise FitError('Evaluation(..., params="ema") needs averages: make_update(..., ema={"body": 0.999})')
     if sharding:

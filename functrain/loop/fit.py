@@ -161,21 +161,17 @@ def fit(
         log=log,
         rows=_rows(loggers, checkpoints, record, log_last=log_last),
         hooks=all_hooks,
-        evaluations=prepared([evaluation] if isinstance(evaluation, Evaluation) else evaluation, update, sharding),
+        evaluations=prepared(evaluation, update, sharding),
         saver=Saver(checkpoints, all_hooks, rates) if checkpoints else None,
         load_best_on_end=load_best_on_end,
         record=record,
     )
     check_results(plan.evaluations, watching, plan.kept_best, as_it_was(state))
-    if record:
-        record.prepare(update, as_it_was(state), sharding)
     run = _run(update, state, data, plan, prefetch, compilation_cache)
     with StopSignals() as signals, contextlib.ExitStack() as stack:
         restored = _begin(run, plan, stack, regroup=regroup, fresh=fresh)
         shown = stack.enter_context(progress_shown(run, epochs=epochs, steps=steps, data=data, wanted=progress))
         _go_through(run, plan, signals, shown, restored, regroup=regroup, autopsy=autopsy)
-        if signals.received is not None:
-            raise SystemExit(signals.exit_code)
         _take_best(run, plan, regroup=regroup)
     return _result(run, record)
 
@@ -188,6 +184,8 @@ def _run(
     # What is read in advance goes to the device at once, but for a scan, which stacks it first.
     place = functools.partial(put_ahead, sharding=plan.sharding) if plan.unroll == 1 else None
     state = as_it_was(state)  # Where there is a checkpoint, the run goes on from that.
+    if plan.record:
+        plan.record.prepare(update, state, plan.sharding)
     run = Run(update, state, Reader(data, prefetch, place), plan.rows.add)
     run.checkpoints = plan.saver.checkpoints if plan.saver else None
     return run
@@ -260,6 +258,8 @@ def _go_through(
             plan.rows.artifact(path)
     if plan.saver:
         plan.saver.checkpoints.wait()
+    if signals.received is not None:
+        raise SystemExit(signals.exit_code)
 
 
 def _train(run: Run, plan: Plan, signals: StopSignals, shown: Shown, restored: Restored | None) -> None:

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 
-from functrain.errors import FunctrainError, RecordError
+from functrain.errors import RecordError
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.lock import Lock
 from functrain.loop.evaluation import Evaluation
@@ -17,15 +16,12 @@ from functrain.loop.evaluations import prepared
 from functrain.loop.hooks import Hook
 from functrain.loop.lines import LOG
 from functrain.loop.logs import JsonLines
-from functrain.loop.record.facts import audited, facts_of
-from functrain.loop.record.final import finals_of, numbers_of, write_finals
 from functrain.loop.record.folder import FILES, RecordFolder
+from functrain.loop.record.keeping import Keeper, said
 from functrain.loop.record.masking import masks_of_this_process
 from functrain.loop.record.plainly import plainly
-from functrain.loop.record.sections import Began, Ended, How, Sections
-from functrain.loop.record.source import source_of
+from functrain.loop.record.sections import Began, Ended, How
 from functrain.loop.run import Run
-from functrain.tree.warn import warn
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 
@@ -68,7 +64,6 @@ class Record(Hook):
       directory: the folder.
       config: as it is written.
       final: the evaluations at the end.
-      results: the numbers of the final evaluation, `{"last": {"test/loss": ...}, "best valid/loss": ...}`.
 
     Raises:
       RecordError: an argument that is none of these, or a package that the report needs is missing.
@@ -87,18 +82,18 @@ class Record(Hook):
         self.directory = Path(directory).absolute()
         self.final = [final] if isinstance(final, Evaluation) else list(final)
         _check(self.directory, self.final, report=report)
-        self._masks = masks_of_this_process()
-        self.config: dict[str, Any] = self._masks.values(_mapping(plainly({} if config is None else config)))
-        self.results: dict[str, dict[str, float]] = {}
-        self._source = None if source is None else Path(source).absolute()
-        self._report = report
+        masks = masks_of_this_process()
+        self.config: dict[str, Any] = masks.values(_mapping(plainly({} if config is None else config)))
         self._folder = RecordFolder(self.directory)
-        self._sections = Sections(self._folder, self._masks)
+        code = None if source is None else Path(source).absolute()
+        self._keeper = Keeper(self._folder, masks, self.config, code, report=report)
         self._lock = Lock(self.directory, wanted=lock, name=".record.lock", what="a record")
         self._log: JsonLines | None = None
-        self._final: Sequence[Evaluation] = []
-        self._update: Update | None = None
-        self._checkpoints: Checkpoints | None = None
+
+    @property
+    def results(self) -> dict[str, dict[str, float]]:
+        """The numbers of the final evaluation, `{"last": {"test/loss": ...}, "best valid/loss": ...}`."""
+        return self._keeper.results
 
     @property
     def log_file(self) -> Path:
@@ -130,7 +125,8 @@ class Record(Hook):
         if jax.process_index() == 0:
             self._log = JsonLines(self.log_file)
             self._log.resume(step or -1)
-        self._begin(update, state, checkpoints, Began(step, None, None))
+        self._keeper.attach(update, checkpoints)
+        self._keeper.begin(state, Began(step, None, None))
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """Writes numbers of a step, by name, to the log; what is on a device is fetched.
@@ -153,16 +149,16 @@ class Record(Hook):
         Raises:
           RecordError: the record was not begun.
         """
-        update = self._check_begun("end(state)")
-        self._sections.end(Ended(int(state.step), None, None, "stopped" if why else "finished", why))
-        self._conclude(update, state)
+        self._check_begun("end(state)")
+        self._keeper.end(Ended(int(state.step), None, None, "stopped" if why else "finished", why))
+        self._keeper.conclude(state)
 
     def close(self) -> None:
         """Nothing more will be written; may be called twice."""
-        self._sections.close()
+        self._keeper.close()
         if self._log is not None:
             self._log.close()
-        self._update = self._checkpoints = self._log = None
+        self._log = None
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -170,7 +166,8 @@ class Record(Hook):
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is not None:
-            self._sections.end(Ended(None, None, None, "failed", _said(error)))
+            self._keeper.end(Ended(None, None, None, "failed", said(error)))
+            self._keeper.write_report()
         self.close()
 
     # In `fit`.
@@ -198,97 +195,48 @@ class Record(Hook):
           EvaluationError: an `eval_step`, a metric or data that do not fit each other.
           FitError: one is of averages, and the update has none.
         """
-        self._final = prepared(self.final, update, sharding)
-        for each in self._final:
+        self._keeper.final = prepared(self.final, update, sharding)
+        for each in self._keeper.final:
             each.names(state.params, state.model_state)
 
     def run_started(self, run: Run) -> None:
         """Begins a section, unless nothing is left to do."""
-        self._update, self._checkpoints = run.update, run.checkpoints
+        self._keeper.attach(run.update, run.checkpoints)
         if not run.was_through and run.stopped is None:
             checkpoint = None if run.went_on_from is None else run.went_on_from.name
-            self._begin(run.update, run.state, run.checkpoints, Began(run.step, run.epoch, checkpoint))
+            self._keeper.begin(run.state, Began(run.step, run.epoch, checkpoint))
 
     def evaluation_ended(self, run: Run) -> None:
         """Writes what came up."""
-        self._note(run)
+        self._keeper.note(run.state, run.batch)
 
     def epoch_ended(self, run: Run) -> None:
         """Writes what came up."""
-        self._note(run)
+        self._keeper.note(run.state, run.batch)
 
     def checkpoint_saved(self, run: Run) -> None:
         """Writes what came up."""
-        self._note(run)
+        self._keeper.note(run.state, run.batch)
 
     def run_ended(self, run: Run, error: BaseException | None) -> None:
         """Ends the section; a run that has come to its end is evaluated."""
-        if self._update is None:
+        if self._keeper.update is None:
             return
-        self._note(run)
+        self._keeper.note(run.state, run.batch)
         how: How = "failed" if error is not None else "finished" if run.stopped is None else "stopped"
-        why = run.stopped if error is None else _said(error)
-        self._sections.end(Ended(run.step, run.epoch, run.now.seconds, how, why))
-        if error is None and not run.is_interrupted and not (run.was_through and self._has_results(run)):
-            self._conclude(run.update, run.state)
-        elif self._sections.is_begun:
-            self._write_report()
+        why = run.stopped if error is None else said(error)
+        self._keeper.end(Ended(run.step, run.epoch, run.now.seconds, how, why))
+        if error is not None or run.is_interrupted:
+            self._keeper.write_report()
+        elif not (run.was_through and self._is_evaluated(run)):
+            self._keeper.conclude(run.state)
 
-    def _begin(self, update: Update, state: TrainState, checkpoints: Checkpoints | None, began: Began) -> None:
-        self._update, self._checkpoints = update, checkpoints
-        if jax.process_index():
-            return
-        source = None if self._source is None else source_of(self._source, self._masks)
-        facts = facts_of(
-            update,
-            state,
-            name=self.directory.name,
-            config=self.config,
-            folder=self._source or Path.cwd(),
-            masks=self._masks,
-        )
-        facts["checkpoints"] = None if checkpoints is None else self._where(checkpoints)
-        self._sections.begin(facts, source, began)
-        for text in [] if source is None or self._source is None else source.told(self._source.name):
-            warn(text)
-
-    def _note(self, run: Run) -> None:
-        is_needed = run.batch is not None and self._sections.is_begun and not self._sections.is_audited
-        self._sections.note(audited(run.update, run.state, run.batch) if is_needed else None)
-
-    def _conclude(self, update: Update, state: TrainState) -> None:
-        """The final evaluation and the report; what fails of them is warned of, as the run itself did not."""
-        try:
-            finals = [*finals_of(self._final, update, state, self._checkpoints)]
-            self.results = numbers_of(finals)
-            if finals and jax.process_index() == 0:
-                write_finals(self._folder, finals)
-        except (FunctrainError, OSError) as error:
-            warn(f"the final evaluation of {self.directory} failed: {_said(error)}; the run itself has ended well")
-        self._sections.note()
-        self._write_report()
-
-    def _write_report(self) -> None:
-        if not self._report or jax.process_index():
-            return
-        try:
-            import_module("functrain.loop.record.report").write(self.directory)
-        except Exception as error:
-            warn(f"the report of {self.directory} could not be written: {_said(error)}; functrain report tries again")
-
-    def _where(self, checkpoints: Checkpoints) -> dict[str, Any]:
-        place = checkpoints.directory
-        relative = place.is_relative_to(self.directory)
-        said = str(place.relative_to(self.directory)) if relative else self._masks.text(str(place))
-        return {"directory": said, "keep_best": dict(checkpoints.retention.best)}
-
-    def _has_results(self, run: Run) -> bool:
+    def _is_evaluated(self, run: Run) -> bool:
         return not self.final or self._folder.evaluated_step() == run.step
 
-    def _check_begun(self, call: str) -> Update:
-        if self._update is None:
+    def _check_begun(self, call: str) -> None:
+        if self._keeper.update is None:
             raise RecordError(f"record.{call} before the record was begun: record.begin(update, state) comes first")
-        return self._update
 
 
 def _check(directory: Path, final: Sequence[Any], *, report: bool) -> None:
@@ -310,7 +258,3 @@ def _mapping(config: Any) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise RecordError(f"config={config!r:.100}: give names to the values, config={{'width': 64}}")
     return config
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
