@@ -23,6 +23,7 @@ from functrain.errors import (
     PhaseError,
     RecordError,
     SaveError,
+    StorageError,
     UpdateError,
 )
 
@@ -110,6 +111,7 @@ __all__ = [
     "SaveError",
     "Selector",
     "StopSignals",
+    "StorageError",
     "Sweep",
     "TensorBoard",
     "TopK",

@@ -70,3 +70,7 @@ class CheckpointError(FunctrainError, ValueError):
 
 class SaveError(FunctrainError, OSError):
     """A checkpoint that could not be written. The one before it is whole, and the next save is tried as ever."""
+
+
+class StorageError(FunctrainError, OSError):
+    """Remote storage that can't be reached or refuses what it is asked for, or an address of none."""
