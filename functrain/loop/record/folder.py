@@ -99,8 +99,7 @@ class RecordFolder:
 
     def has_rows(self) -> bool:
         """Whether there is something of a run in it that would be missed."""
-        log = self.directory / LOG
-        return (self.directory / RESULTS).exists() or (log.exists() and log.stat().st_size > 0)
+        return has_rows({path.name: path.stat().st_size for path in self.directory.glob("*") if path.is_file()})
 
     def clear(self, aside: Path | None) -> Path | None:
         """Moves what is of an earlier run to a folder "before-1", or to the one that is given; returns it.
@@ -119,6 +118,11 @@ class RecordFolder:
         for path in mine:
             path.rename(aside / path.name)
         return aside
+
+
+def has_rows(sizes: Mapping[str, int]) -> bool:
+    """Whether files, by name and size, have something of a run that would be missed."""
+    return RESULTS in sizes or sizes.get(LOG, 0) > 0
 
 
 def _is_ours(name: str) -> bool:
