@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from functrain.loop.logs import JsonLines, Logger, TensorBoard, read_json_lines
     from functrain.loop.metrics import ConfusionMatrix, Metric, OnHost, TopK
     from functrain.loop.outcome import Outcome
+    from functrain.loop.packages.classification import Classification
     from functrain.loop.plateau import ReduceOnPlateau
     from functrain.loop.run import Run
     from functrain.loop.signals import StopSignals
@@ -73,6 +74,7 @@ __all__ = [
     "CadenceError",
     "CheckpointError",
     "Checkpoints",
+    "Classification",
     "ConfusionMatrix",
     "Data",
     "DataError",
@@ -144,6 +146,7 @@ _LAZY = {
     "Alternation": "functrain.update.phases",
     "Audit": "functrain.auditing.audit",
     "Checkpoints": "functrain.loop.checkpoint.checkpoints",
+    "Classification": "functrain.loop.packages.classification",
     "ConfusionMatrix": "functrain.loop.metrics",
     "Data": "functrain.loop.data",
     "DynamicScale": "functrain.update.precision",
