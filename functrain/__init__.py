@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from functrain.loop.metrics import ConfusionMatrix, Metric, OnHost, TopK
     from functrain.loop.outcome import Outcome
     from functrain.loop.packages.classification import Classification
+    from functrain.loop.packages.language import Language
+    from functrain.loop.packages.regression import Regression
+    from functrain.loop.packages.retrieval import Retrieval
     from functrain.loop.plateau import ReduceOnPlateau
     from functrain.loop.run import Run
     from functrain.loop.signals import StopSignals
@@ -87,6 +90,7 @@ __all__ = [
     "FunctrainError",
     "Hook",
     "JsonLines",
+    "Language",
     "LogError",
     "Logger",
     "Loss",
@@ -102,8 +106,10 @@ __all__ = [
     "Phase",
     "PhaseError",
     "ReduceOnPlateau",
+    "Regression",
     "Restored",
     "Result",
+    "Retrieval",
     "Run",
     "SaveError",
     "Selector",
@@ -156,6 +162,7 @@ _LAZY = {
     "FROZEN": "functrain.optim.transforms",
     "Hook": "functrain.loop.hooks",
     "JsonLines": "functrain.loop.logs",
+    "Language": "functrain.loop.packages.language",
     "Logger": "functrain.loop.logs",
     "Loss": "functrain.gradients.loss",
     "Metric": "functrain.loop.metrics",
@@ -165,8 +172,10 @@ _LAZY = {
     "Partition": "functrain.tree.partition",
     "Phase": "functrain.update.phases",
     "ReduceOnPlateau": "functrain.loop.plateau",
+    "Regression": "functrain.loop.packages.regression",
     "Restored": "functrain.loop.checkpoint.reading",
     "Result": "functrain.loop.fit",
+    "Retrieval": "functrain.loop.packages.retrieval",
     "Run": "functrain.loop.run",
     "Selector": "functrain.tree.selectors",
     "StopSignals": "functrain.loop.signals",

@@ -34,7 +34,7 @@ def test_without_matplotlib_a_figure_says_what_to_install(monkeypatch):
         ft.ConfusionMatrix(2).figure(np.eye(2))
 
 
-@pytest.mark.parametrize("package", [ft.Classification])
+@pytest.mark.parametrize("package", [ft.Classification, ft.Regression])
 def test_without_scikit_learn_a_package_says_so_when_it_is_made(package, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     told = f"{package.__name__} computes by scikit-learn, which is not installed: write pip install 'functrain[record]'"
