@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from functrain.loop.logs import JsonLines, Logger, TensorBoard, read_json_lines
     from functrain.loop.metrics import ConfusionMatrix, Metric, OnHost, TopK
     from functrain.loop.outcome import Outcome
+    from functrain.loop.packages.classification import Classification
+    from functrain.loop.packages.language import Language
+    from functrain.loop.packages.regression import Regression
+    from functrain.loop.packages.retrieval import Retrieval
     from functrain.loop.plateau import ReduceOnPlateau
     from functrain.loop.record.record import Record
     from functrain.loop.run import Run
@@ -76,6 +80,7 @@ __all__ = [
     "CadenceError",
     "CheckpointError",
     "Checkpoints",
+    "Classification",
     "ConfusionMatrix",
     "Data",
     "DataError",
@@ -88,6 +93,7 @@ __all__ = [
     "FunctrainError",
     "Hook",
     "JsonLines",
+    "Language",
     "LogError",
     "Logger",
     "Loss",
@@ -105,8 +111,10 @@ __all__ = [
     "Record",
     "RecordError",
     "ReduceOnPlateau",
+    "Regression",
     "Restored",
     "Result",
+    "Retrieval",
     "Run",
     "SaveError",
     "Selector",
@@ -150,6 +158,7 @@ _LAZY = {
     "Alternation": "functrain.update.phases",
     "Audit": "functrain.auditing.audit",
     "Checkpoints": "functrain.loop.checkpoint.checkpoints",
+    "Classification": "functrain.loop.packages.classification",
     "ConfusionMatrix": "functrain.loop.metrics",
     "Data": "functrain.loop.data",
     "DynamicScale": "functrain.update.precision",
@@ -159,6 +168,7 @@ _LAZY = {
     "FROZEN": "functrain.optim.transforms",
     "Hook": "functrain.loop.hooks",
     "JsonLines": "functrain.loop.logs",
+    "Language": "functrain.loop.packages.language",
     "Logger": "functrain.loop.logs",
     "Loss": "functrain.gradients.loss",
     "Metric": "functrain.loop.metrics",
@@ -169,8 +179,10 @@ _LAZY = {
     "Phase": "functrain.update.phases",
     "Record": "functrain.loop.record.record",
     "ReduceOnPlateau": "functrain.loop.plateau",
+    "Regression": "functrain.loop.packages.regression",
     "Restored": "functrain.loop.checkpoint.reading",
     "Result": "functrain.loop.fit",
+    "Retrieval": "functrain.loop.packages.retrieval",
     "Run": "functrain.loop.run",
     "Selector": "functrain.tree.selectors",
     "StopSignals": "functrain.loop.signals",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import EvaluationError
+from functrain.loop.packages.drawing import blank, draw_confusion
 
 
 class Metric(Protocol):
@@ -77,6 +78,16 @@ class ConfusionMatrix:
                 f" 0 to {self.classes - 1}; give them the weight 0, or a class of their own"
             )
         return np.asarray(acc[0])
+
+    def figure(self, result: np.ndarray) -> Any:
+        """The counts, coloured by their share of the label, as a `matplotlib.figure.Figure`.
+
+        Raises:
+          EvaluationError: matplotlib is not installed.
+        """
+        made, axes = blank(1, 1, 6, 6)
+        draw_confusion(axes, result, [str(nth) for nth in range(self.classes)])
+        return made
 
 
 @dataclasses.dataclass(frozen=True)
