@@ -8,18 +8,20 @@ from functrain.errors import CheckpointError
 from functrain.loop.checkpoint import manifest
 from functrain.loop.checkpoint.contents import contents_file
 from functrain.loop.checkpoint.folder import Folder
-from functrain.loop.lines import LOG
+from functrain.loop.record.place import folder_of, log_of
+from functrain.loop.record.reading import read_run
 
 
 class Place(NamedTuple):
-    """What is in the folder of a run: its checkpoints, and its log if there is one."""
+    """The folder of a run, its checkpoints, and its log if there is one."""
 
+    directory: Path
     folder: Folder
     log: Path | None
 
 
 def place_of(run: str) -> Place:
-    """Finds the files of a run, in its folder or with the checkpoints in `checkpoints/` of it.
+    """Finds the files of a run, in its folder or where its record says.
 
     Raises:
       CheckpointError: there is no such folder, or it is a checkpoint or a file.
@@ -27,11 +29,9 @@ def place_of(run: str) -> Place:
     path = absolute(run)
     if not path.exists():
         raise CheckpointError(f"there is no folder {run}: give that of a run, or of its checkpoints")
-    folder, within = Folder(path), Folder(path / "checkpoints")
-    if within.directory.is_dir() and not folder.entries():
-        folder = within
-    log = next((each / LOG for each in (path, folder.directory) if (each / LOG).is_file()), None)
-    return Place(folder, log)
+    recorded = read_run(path, [])
+    folder = folder_of(path, None if recorded is None else recorded.checkpoints)
+    return Place(path, folder, log_of(path, folder))
 
 
 def checkpoints_of(run: str) -> Folder:

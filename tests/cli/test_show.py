@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
-from functrain.cli.curves import Curve, sparkline
+from functrain.cli.curves import sparkline
 from functrain.loop.checkpoint.contents import FORMAT, contents_file
 from functrain.loop.logs import JsonLines
+from functrain.loop.record.curves import Curve
 
 
 def rows_of(run):

@@ -1,0 +1,99 @@
+"""report.html of one run: the summary first, then the curves, then what stands behind them."""
+
+import base64
+from pathlib import Path
+
+from functrain.loop.record.left import Left
+from functrain.loop.record.reading import file_within
+from functrain.loop.record.report import charts, elements, summary
+from functrain.loop.record.report.figures import Marks, drawing
+from functrain.loop.record.report.tables import escaped
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_LARGEST = 8 << 20  # Bytes of a figure.
+
+
+def page(left: Left) -> str:
+    """The page of a run.
+
+    Raises:
+      LogError: matplotlib is not installed.
+    """
+    marks = marks_of(left)
+    with drawing():
+        results = elements.charts(charts.results_of(left), marks, "r")
+        by_part = elements.charts(charts.by_part(left), marks, "p", small=True)
+        speed = elements.charts(charts.speed(left.log.curves), marks, "s")
+    recorded = left.recorded
+    audit = elements.folded("which loss reaches which leaf", elements.verbatim(recorded.audit))
+    optimizers = elements.folded("the optimizers", elements.verbatim(recorded.optimizers))
+    body = (
+        _head(left),
+        _final(left),
+        elements.section("Losses and results", results, _key(marks) if results else ""),
+        elements.section("Figures", elements.pictures(_figures(left))),
+        elements.section("Parts", elements.table(summary.parts(left)), audit, optimizers, by_part),
+        elements.section("Time", elements.table(summary.sections(left)), speed),
+        elements.section("What changed on the way", elements.table(summary.changes(left))),
+        elements.section("Checkpoints", _where(left), elements.table(summary.checkpoints(left))),
+        elements.section("Warnings", elements.table(summary.warnings(left))),
+        elements.section("Configuration", elements.table(summary.configuration(left))),
+        elements.section("Environment", elements.table(summary.environment(left))),
+        "<footer>Written by functrain from the files of the run.</footer>\n",
+    )
+    return elements.document(left.name, "".join(body))
+
+
+def marks_of(left: Left) -> Marks:
+    """Where a run was started again, and where its epochs begin."""
+    restarts = [section.from_step for section in left.recorded.sections[1:] if section.from_step is not None]
+    epochs = left.log.epochs
+    begins: dict[int, int] = {}
+    for step, epoch in zip(epochs.steps, epochs.values, strict=True):
+        if epoch > 0:
+            begins.setdefault(int(epoch), step)
+    return Marks(restarts, [(step, epoch) for epoch, step in begins.items()])
+
+
+def _head(left: Left) -> str:
+    kind, words = summary.status(left)
+    _, _, more = words.partition(kind)
+    state = f"<b>{kind}</b>{escaped(more)}" if kind != "open" else f"<b>open</b>: {escaped(words)}"
+    return (
+        f'<header>\n<h1>{escaped(left.name)}</h1>\n<p class="state {kind}">{state}</p>\n'
+        f"<p>{escaped(summary.lead(left))}.</p>\n{elements.facts(summary.facts(left))}{elements.told(left.problems)}</header>\n"
+    )
+
+
+def _final(left: Left) -> str:
+    main, rest = summary.final(left)
+    more = elements.folded(f"{len(rest.rows)} more numbers", elements.table(rest)) if rest is not None else ""
+    return elements.section("Results", elements.table(main), more)
+
+
+def _key(marks: Marks) -> str:
+    words = ["○ the best", "\u00d7 not finite"]
+    words += ["numbers along the top: epochs"] if marks.epochs else []
+    words += ["dashed: started again"] if marks.restarts else []
+    told = f"{' · '.join(words)}. Where there are many points, pale lines have the extremes, strong ones the means."
+    return f'<p class="quiet">{told}</p>\n'
+
+
+def _figures(left: Left) -> dict[str, str | None]:
+    return {
+        f"{name}, {final.of}": _data_uri(file_within(left.directory, file))
+        for final in left.final
+        for name, file in final.figures.items()
+    }
+
+
+def _data_uri(path: Path | None) -> str | None:
+    if path is None or path.stat().st_size > _LARGEST:
+        return None
+    content = path.read_bytes()
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}" if content.startswith(_PNG) else None
+
+
+def _where(left: Left) -> str:
+    said = left.recorded.checkpoints
+    return "" if said is None else f'<p class="quiet">in {escaped(said)}</p>\n'
