@@ -206,7 +206,7 @@ def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, 
     _tell_regrouped(restored)
     run.went_on_from = None if restored is None else restored.path
     if plan.record:
-        plan.record.open(goes_on=restored is not None or (run.step > 0 and not fresh), aside=aside)
+        plan.record.open(run.step, goes_on=restored is not None or (run.step > 0 and not fresh), aside=aside)
         plan.rows.start(plan.record.config)
     plan.rows.resume(run, is_restored=restored is not None)
     return restored

@@ -12,7 +12,7 @@ import functrain as ft
 
 def eval_step(params, batch):
     error = np.tanh(0) + (batch["x"] @ params["body"]["w"]).sum(1) - batch["y"]
-    return {"loss": error**2, "error": error, "sign": (error > 0).astype(int), "is_up": (batch["y"] > 0).astype(int)}
+    return {"loss": error**2, "error": error, "sign": error > 0, "is_up": batch["y"] > 0}
 
 
 def evaluation(name="test", **options):

@@ -164,7 +164,7 @@ def test_two_processes_do_not_write_one_record(tmp_path):
     code = """
         import functrain as ft, sys
         record = ft.Record(sys.argv[1], report=False)
-        record.open(goes_on=True)
+        record.open(0, goes_on=True)
         print(flush=True)
         input()
     """

@@ -26,6 +26,7 @@ class Keeper:
 
     Args:
       folder: where.
+      name: of the run.
       masks: what must not stand in it.
       config: the user's, as JSON has it, masked.
       source: the folder of code that is kept; None for none.
@@ -38,12 +39,19 @@ class Keeper:
     """
 
     def __init__(
-        self, folder: RecordFolder, masks: Masks, config: Mapping[str, Any], source: Path | None, *, report: bool
+        self,
+        folder: RecordFolder,
+        name: str,
+        masks: Masks,
+        config: Mapping[str, Any],
+        source: Path | None,
+        *,
+        report: bool,
     ) -> None:
         self.final: Sequence[Evaluation] = []
         self.update: Update | None = None
         self.results: dict[str, dict[str, float]] = {}
-        self._folder, self._masks, self._config = folder, masks, config
+        self._folder, self._name, self._masks, self._config = folder, name, masks, config
         self._source, self._report = source, report
         self._sections = Sections(folder, masks)
         self._checkpoints: Checkpoints | None = None
@@ -64,7 +72,7 @@ class Keeper:
         facts = facts_of(
             self.update,
             state,
-            name=self._folder.directory.name,
+            name=self._name,
             config=self._config,
             folder=self._source or Path.cwd(),
             masks=self._masks,

@@ -88,9 +88,7 @@ class Outbox:
         except (StorageError, OSError) as error:
             if not self._is_told:
                 self._is_told = True
-                warn(
-                    f"the record can't be sent to {self._store.address}: {error}; the run goes on, and it is tried again"
-                )
+                warn(f"the record can't be sent to {self._store.address}: {error}; the run goes on, and tries again")
 
     def _send_one(self, path: Path, name: str) -> None:
         found = path.stat()

@@ -19,8 +19,11 @@ from functrain.loop.logs import JsonLines
 from functrain.loop.record.folder import FILES, RecordFolder
 from functrain.loop.record.keeping import Keeper, said
 from functrain.loop.record.masking import masks_of_this_process
+from functrain.loop.record.outbox import Outbox
 from functrain.loop.record.plainly import plainly
 from functrain.loop.record.sections import Began, Ended, How
+from functrain.loop.remote.address import cache_of, is_address
+from functrain.loop.remote.store import Store
 from functrain.loop.run import Run
 from functrain.update.state import TrainState
 from functrain.update.update import Update
@@ -53,11 +56,14 @@ class Record(Hook):
     folder is moved to a folder "before-1" in it, unless the run goes on with it.
 
     Args:
-      directory: the folder; by custom that of the run, with its checkpoints in `checkpoints/`.
+      directory: the folder; by custom that of the run, with its checkpoints in `checkpoints/`. Or an address, such as
+        "s3://bucket/digits", to which its files are sent in the background as they grow.
       config: what you want to remember, and to compare: a mapping, a dataclass or a namespace, nested as you like.
       source: a folder of code; the files in it that git knows are kept, with the patch from their commit.
       final: what evaluates the run at its end, one or several with different names.
       report: False to write no report at the end; `functrain report` writes it at any time.
+      staging: of a record at an address, the folder of this machine in which it is written; by default in the user's
+        cache.
       lock: False on a file system without locks, where you see to it that one process writes at a time.
 
     Attributes:
@@ -77,17 +83,24 @@ class Record(Hook):
         source: str | os.PathLike[str] | None = None,
         final: Evaluation | Sequence[Evaluation] = (),
         report: bool = True,
+        staging: str | os.PathLike[str] | None = None,
         lock: bool = True,
     ) -> None:
-        self.directory = Path(directory).absolute()
+        address = os.fspath(directory) if is_address(directory) else None
+        if address is None and staging is not None:
+            raise RecordError(f"staging={os.fspath(staging)!r} is of a record at an address, 's3://bucket/digits'")
+        store = None if address is None else Store(address)
+        self.directory = Path(directory if store is None else staging or cache_of(store.address)).absolute()
         self.final = [final] if isinstance(final, Evaluation) else list(final)
         _check(self.directory, self.final, report=report)
         masks = masks_of_this_process()
         self.config: dict[str, Any] = masks.values(_mapping(plainly({} if config is None else config)))
         self._folder = RecordFolder(self.directory)
         code = None if source is None else Path(source).absolute()
-        self._keeper = Keeper(self._folder, masks, self.config, code, report=report)
+        name = self.directory.name if store is None else str(store.address).rpartition("/")[2]
+        self._keeper = Keeper(self._folder, name, masks, self.config, code, report=report)
         self._lock = Lock(self.directory, wanted=lock, name=".record.lock", what="a record")
+        self._outbox = None if store is None else Outbox(store, self._folder)
         self._log: JsonLines | None = None
 
     @property
@@ -121,7 +134,7 @@ class Record(Hook):
         """
         step = int(state.step)
         self.prepare(update, state, None)
-        self.open(goes_on=step > 0)
+        self.open(step, goes_on=step > 0)
         if jax.process_index() == 0:
             self._log = JsonLines(self.log_file)
             self._log.resume(step or -1)
@@ -159,6 +172,8 @@ class Record(Hook):
         if self._log is not None:
             self._log.close()
         self._log = None
+        if self._outbox is not None and self._lock.is_held:
+            self._outbox.close()
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -172,10 +187,11 @@ class Record(Hook):
 
     # In `fit`.
 
-    def open(self, *, goes_on: bool, aside: Path | None = None) -> None:
+    def open(self, step: int, *, goes_on: bool, aside: Path | None = None) -> None:
         """Makes the folder, keeps other processes from writing to it, and moves what is of another run out of the way.
 
         Args:
+          step: at which the run begins or goes on.
           goes_on: whether the run goes on with the record that is there.
           aside: where else to than to a folder "before-1".
 
@@ -185,7 +201,12 @@ class Record(Hook):
         if jax.process_index() or self._lock.is_held:
             return
         self._lock.acquire()
-        if not goes_on and (moved := self._folder.clear(aside)) is not None:
+        moved: object = None if goes_on else self._folder.clear(aside)
+        if self._outbox is not None and goes_on:
+            self._outbox.bring(step)
+        elif self._outbox is not None:
+            moved = self._outbox.clear() or moved
+        if moved is not None:
             print(f"a new run begins; the record of the one before is kept in {moved}")
 
     def prepare(self, update: Update, state: TrainState, sharding: jax.sharding.Sharding | None) -> None:
@@ -208,15 +229,15 @@ class Record(Hook):
 
     def evaluation_ended(self, run: Run) -> None:
         """Writes what came up."""
-        self._keeper.note(run.state, run.batch)
+        self._note(run)
 
     def epoch_ended(self, run: Run) -> None:
         """Writes what came up."""
-        self._keeper.note(run.state, run.batch)
+        self._note(run)
 
     def checkpoint_saved(self, run: Run) -> None:
         """Writes what came up."""
-        self._keeper.note(run.state, run.batch)
+        self._note(run)
 
     def run_ended(self, run: Run, error: BaseException | None) -> None:
         """Ends the section; a run that has come to its end is evaluated."""
@@ -230,6 +251,11 @@ class Record(Hook):
             self._keeper.write_report()
         elif not (run.was_through and self._is_evaluated(run)):
             self._keeper.conclude(run.state)
+
+    def _note(self, run: Run) -> None:
+        self._keeper.note(run.state, run.batch)
+        if self._outbox is not None and jax.process_index() == 0:
+            self._outbox.send()
 
     def _is_evaluated(self, run: Run) -> bool:
         return not self.final or self._folder.evaluated_step() == run.step
