@@ -48,7 +48,7 @@ class Result:
       results: the newest results of each evaluation, by name: "valid/loss".
       stopped: why it ended before its end, None if it did not.
       epochs: finished epochs.
-      final: of a run with a record that ended just now, the numbers of its final evaluation: "last", "best valid/loss".
+      final: of a run with a record, the numbers of its final evaluation: {"last": {"test/loss": ...}, ...}.
     """
 
     state: TrainState

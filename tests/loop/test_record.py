@@ -57,7 +57,8 @@ def test_a_finished_run_started_again_adds_nothing(tmp_path):
         fitted(tmp_path, record_of(tmp_path, final=evaluation()), checkpoints=saved(tmp_path))
         written = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
         assert len(read(tmp_path)["sections"]) == 1
-    fitted(tmp_path, record_of(tmp_path, final=evaluation()), checkpoints=saved(tmp_path))
+    result = fitted(tmp_path, record_of(tmp_path, final=evaluation()), checkpoints=saved(tmp_path))
+    assert result.final["last"] == read(tmp_path, "results.json")["final"][0]["numbers"]
     assert written == {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
 
 

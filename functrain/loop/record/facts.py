@@ -95,7 +95,9 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[An
     """
     before, now = (dict(_named(each)) for each in (old, new))
     names = dict.fromkeys([*before, *now])
-    return {name: [before.get(name), now.get(name)] for name in names if before.get(name) != now.get(name)}
+    # What is imported later, or no more, is no other version.
+    told = [name for name in names if not name.startswith("versions/") or (name in before and name in now)]
+    return {name: [before.get(name), now.get(name)] for name in told if before.get(name) != now.get(name)}
 
 
 def _named(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from functrain.errors import RecordError
-from functrain.loop.lines import LOG
+from functrain.loop.lines import LOG, numbers_of
 from functrain.tree.warn import warn
 
 FORMAT = 1
@@ -91,11 +91,21 @@ class RecordFolder:
 
     def evaluated_step(self) -> int | None:
         """The step of the last state that was evaluated; None where none was."""
+        return next((entry["step"] for entry in self._final() if entry["of"] == "last"), None)
+
+    def results(self) -> dict[str, dict[str, float]]:
+        """The numbers of the final evaluation, by what they are of and by name."""
+        found: dict[str, dict[str, float]] = {}
+        for entry in self._final():
+            found.setdefault(entry["of"], {}).update(numbers_of(entry["numbers"]))
+        return found
+
+    def _final(self) -> list[dict[str, Any]]:
         try:
-            final = json.loads((self.directory / RESULTS).read_bytes())["final"]
-            return next((entry["step"] for entry in final if entry["of"] == "last"), None)
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
+            written = json.loads((self.directory / RESULTS).read_bytes())
+        except (OSError, ValueError):
+            return []
+        return list(written["final"]) if isinstance(written, dict) and written.get("format") == FORMAT else []
 
     def has_rows(self) -> bool:
         """Whether there is something of a run in it that would be missed."""

@@ -249,7 +249,9 @@ class Record(Hook):
         self._keeper.end(Ended(run.step, run.epoch, run.now.seconds, how, why))
         if error is not None or run.is_interrupted:
             self._keeper.write_report()
-        elif not (run.was_through and self._is_evaluated(run)):
+        elif run.was_through and self._is_evaluated(run):
+            self._keeper.results = self._folder.results()
+        else:
             self._keeper.conclude(run.state)
 
     def _note(self, run: Run) -> None:

@@ -105,6 +105,7 @@ class Sections:
         if self._run is None:
             return
         seconds = self._before + time.time() - self._began if ended.seconds is None else ended.seconds
+        self._run["versions"] |= machine.versions()  # More is imported than at its beginning.
         self._section(
             ended=time.time(),
             to_step=ended.step,
