@@ -150,7 +150,11 @@ def fit(
       UpdateError: an update has consumed the state, and there is no checkpoint to go on from.
       SystemExit: 143 or 130 after SIGTERM or SIGINT: the update was finished and saved, data was not waited for.
     """
-    check_given(locals())
+    # Not locals(), by which the frame would keep the state as long as the run lasts.
+    check_given({
+        "update": update, "state": state, "data": data, "log": log, "checkpoints": checkpoints, "record": record,
+        "stop": stop, "evaluation": evaluation, "hooks": hooks, "loggers": loggers, "rates": rates,
+    })  # fmt: skip
     watching = [*([stop] if stop else []), *hooks, *([record] if record else [])]
     log, all_hooks = log or Every(updates=100), Hooks(watching)
     plan = Plan(
@@ -168,12 +172,8 @@ def fit(
     )
     check_results(plan.evaluations, watching, plan.kept_best, as_it_was(state))
     run = _run(update, state, data, plan, prefetch, compilation_cache)
-    with StopSignals() as signals, contextlib.ExitStack() as stack:
-        restored = _begin(run, plan, stack, regroup=regroup, fresh=fresh)
-        shown = stack.enter_context(progress_shown(run, epochs=epochs, steps=steps, data=data, wanted=progress))
-        _go_through(run, plan, signals, shown, restored, regroup=regroup, autopsy=autopsy)
-        _take_best(run, plan, regroup=regroup)
-    return _result(run, record)
+    del state  # A run that goes on has another one, and memory for no more than that.
+    return _ended(run, plan, progress=progress, regroup=regroup, fresh=fresh, autopsy=autopsy)
 
 
 def _run(
@@ -189,6 +189,16 @@ def _run(
     run = Run(update, state, Reader(data, prefetch, place), plan.rows.add)
     run.checkpoints = plan.saver.checkpoints if plan.saver else None
     return run
+
+
+def _ended(run: Run, plan: Plan, *, progress: bool | None, regroup: bool, fresh: bool, autopsy: bool) -> Result:
+    """Has a run go on to its end; returns what it leaves."""
+    with StopSignals() as signals, contextlib.ExitStack() as stack:
+        restored = _begin(run, plan, stack, regroup=regroup, fresh=fresh)
+        shown = progress_shown(run, epochs=plan.epochs, steps=plan.steps, data=run.reader.data, wanted=progress)
+        _go_through(run, plan, signals, stack.enter_context(shown), restored, regroup=regroup, autopsy=autopsy)
+        _take_best(run, plan, regroup=regroup)
+    return _result(run, plan.record)
 
 
 def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, fresh: bool) -> Restored | None:
