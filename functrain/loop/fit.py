@@ -19,7 +19,7 @@ from functrain.loop.compiling import keep_programs
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.evaluations import prepared
 from functrain.loop.every import Every
-from functrain.loop.given import check_given, check_results
+from functrain.loop.given import check_given, check_of_all, check_results
 from functrain.loop.hooks import EarlyStopping, Hook, Hooks
 from functrain.loop.lines import LOG
 from functrain.loop.logs import JsonLines, Logger
@@ -184,6 +184,7 @@ def _run(
     # What is read in advance goes to the device at once, but for a scan, which stacks it first.
     place = functools.partial(put_ahead, sharding=plan.sharding) if plan.unroll == 1 else None
     state = as_it_was(state)  # Where there is a checkpoint, the run goes on from that.
+    check_of_all(state)
     if plan.record:
         plan.record.prepare(update, state, plan.sharding)
     run = Run(update, state, Reader(data, prefetch, place), plan.rows.add)

@@ -14,6 +14,7 @@ from functrain.loop.every import Every
 from functrain.loop.hooks import EarlyStopping, Hook, OnResult
 from functrain.loop.record.record import Record
 from functrain.loop.saving import Rates
+from functrain.tree.arrays import is_here
 from functrain.tree.text import listed
 from functrain.update.state import TrainState
 from functrain.update.update import Update
@@ -72,6 +73,19 @@ def check_results(
         # A metric may compute numbers by name, and data that is read only once was not looked at.
         if not any(f"{result}/".startswith(f"{name}/") for name in known):
             raise FitError(f"{what}: the results are {sorted(known)}; name one of them")
+
+
+def check_of_all(state: TrainState) -> None:
+    """Raises for a state of this process alone in a run of several: each would train its own.
+
+    Raises:
+      FitError: says so, and how to place it.
+    """
+    if jax.process_count() > 1 and all(map(is_here, jax.tree.leaves(state.params))):
+        raise FitError(
+            f"the params lie in this process alone, and each of the {jax.process_count()} would train its own: place"
+            " them over all, params = jax.device_put(params, jax.NamedSharding(mesh, jax.P())), before update.init"
+        )
 
 
 def _is(given: Any, kind: type, name: str, example: str) -> None:
