@@ -28,10 +28,17 @@ _LARGEST = 1e300  # Beyond, matplotlib's axes overflow.
 
 
 class Marks(NamedTuple):
-    """What is marked along the steps: where the run was started again, and where epochs begin."""
+    """What is marked along the steps.
 
-    restarts: Sequence[int]
-    epochs: Sequence[tuple[int, int]]
+    Attributes:
+      restarts: where the run was started again.
+      epochs: where which epoch begins.
+      ends: the first and the last step of all charts; None for those of each.
+    """
+
+    restarts: Sequence[int] = ()
+    epochs: Sequence[tuple[int, int]] = ()
+    ends: tuple[int, int] | None = None
 
 
 @contextmanager
@@ -51,7 +58,7 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def svg(chart: Chart, marks: Marks, prefix: str, title: str) -> str:
+def svg(chart: Chart, marks: Marks, prefix: str, title: str, *, small: bool = False) -> str:
     """Draws a chart as an `<svg>` element. Within `drawing()`.
 
     Args:
@@ -59,11 +66,12 @@ def svg(chart: Chart, marks: Marks, prefix: str, title: str) -> str:
       marks: along the steps.
       prefix: of the ids in it, which no other chart of the page may have.
       title: for who can't see it, escaped.
+      small: it is one of three in a row, rather than of two.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    width, height = 5.0, 2.6
+    width, height = (4.0, 2.3) if small else (5.0, 2.6)
     figure = Figure(figsize=(width, height), dpi=72)
     figure.patch.set_visible(False)
     axes = figure.subplots()
@@ -76,6 +84,11 @@ def svg(chart: Chart, marks: Marks, prefix: str, title: str) -> str:
     return _inline(written.getvalue(), prefix, title)
 
 
+def is_noisy(line: Line) -> bool:
+    """Whether a line has so many points that it is drawn as its extremes and its means."""
+    return len(line.curve.values) > 2 * _STRETCHES
+
+
 def _draw(axes: "Axes", lines: Sequence[Line], marks: Marks) -> None:
     finite = [value for line in lines for value in line.curve.values if math.isfinite(value)]
     is_log = bool(finite) and min(finite) > 0 and max(finite) / min(finite) > _DECADES
@@ -83,21 +96,24 @@ def _draw(axes: "Axes", lines: Sequence[Line], marks: Marks) -> None:
         axes.set_yscale("log")
     for step in marks.restarts:
         axes.axvline(step, color=_STANDS_FOR["quiet"], linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    for index, line in enumerate(lines):
-        _draw_line(axes, line, _STANDS_FOR[f"c{index % COLOURS + 1}"], _DASHES[index // COLOURS % len(_DASHES)])
+    for line in lines:
+        colour, dash = line.number % COLOURS + 1, line.number // COLOURS % len(_DASHES)
+        _draw_line(axes, line, _STANDS_FOR[f"c{colour}"], _DASHES[dash])
     _style(axes, is_log=is_log)
+    if marks.ends is not None and marks.ends[0] < marks.ends[1]:
+        axes.set_xlim(*marks.ends)
     _epochs(axes, marks.epochs)
 
 
 def _draw_line(axes: "Axes", line: Line, colour: str, dash: Any) -> None:
     curve = line.curve.thinned(_MOST_POINTS)
     values = [value if abs(value) <= _LARGEST else math.nan for value in curve.values]
-    is_noisy = len(line.curve.values) > 2 * _STRETCHES
+    noisy = is_noisy(line)
     style: dict[str, Any] = {"color": colour, "solid_capstyle": "round", "solid_joinstyle": "round"}
     alone: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(values) == 1 else {}
-    axes.plot(curve.steps, values, linewidth=0.7 if is_noisy else 1.6, alpha=0.4 if is_noisy else 1.0,
+    axes.plot(curve.steps, values, linewidth=0.7 if noisy else 1.6, alpha=0.4 if noisy else 1.0,
               linestyle=dash, zorder=2, **alone, **style)  # fmt: skip
-    if is_noisy:
+    if noisy:
         means = line.curve.means(_STRETCHES)
         axes.plot(means.steps, means.values, linewidth=1.6, linestyle=dash, zorder=3, **style)
     lost = [step for step, value in zip(curve.steps, values, strict=True) if math.isnan(value)]
@@ -131,7 +147,10 @@ def _epochs(axes: "Axes", epochs: Sequence[tuple[int, int]]) -> None:
     """Small numbers along the top, as many as there is room for."""
     low, high = axes.get_xlim()
     within = [(step, epoch) for step, epoch in epochs if low <= step <= high]
-    for step, epoch in within[:: math.ceil(len(within) / 8) or 1]:
+    apart = next(size * 10**power for power in range(20) for size in (1, 2, 5) if size * 10**power * 8 >= len(within))
+    for step, epoch in within:
+        if epoch % apart:
+            continue
         axes.annotate(f"{epoch}", (step, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), fontsize=9.0,
                       textcoords="offset points", ha="center", color=_STANDS_FOR["quiet"])  # fmt: skip
         axes.plot([step, step], [1, 0.98], transform=axes.get_xaxis_transform(), color=_STANDS_FOR["quiet"],
