@@ -65,7 +65,7 @@ def shown(value: Any) -> str:
 def ended_in_words(section: Section) -> str:
     """How a run ended, by the last time that it was started."""
     if section.how is None:
-        return f"not yet, or it was killed; started {moment(section.started)} UTC"
+        return f"not ended: it goes on, or was killed; started {moment(section.started)} UTC"
     words = [section.how + (f": {section.why}" if section.why else "")]
     words += [] if section.to_step is None else [f"at step {section.to_step}"]
     words += [] if section.ended is None else [f"{moment(section.ended)} UTC"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from functrain.loop.checkpoint.durable import write_whole
 from functrain.loop.record.left import read_left
-from functrain.loop.record.report import comparison
+from functrain.loop.record.report import comparison, summary
 from functrain.loop.record.report.comparing import Differences, differences
 from functrain.loop.record.report.markdown import markdown
 from functrain.loop.record.report.page import page
@@ -45,7 +45,7 @@ def write(run: Path, out: Path | None = None) -> Written:
       OSError: a file can't be written.
     """
     left = read_left(run)
-    return _write(run if out is None else out, page(left), markdown(left), left.problems)
+    return _write(run if out is None else out, page(left), markdown(left), tuple(summary.problems(left)))
 
 
 def compare(runs: Sequence[Path], out: Path) -> tuple[Written, Differences]:
@@ -63,7 +63,7 @@ def compare(runs: Sequence[Path], out: Path) -> tuple[Written, Differences]:
     found = [read_left(run) for run in runs]
     differing = differences(found)
     problems = tuple(
-        f"{name}: {told}" for name, left in zip(differing.names, found, strict=True) for told in left.problems
+        f"{name}: {told}" for name, left in zip(differing.names, found, strict=True) for told in summary.problems(left)
     )
     return _write(out, comparison.page(found, differing), comparison.markdown(found, differing), problems), differing
 

@@ -18,7 +18,9 @@ def page(runs: Sequence[Left], found: Differences) -> str:
     """
     with drawing():
         curves = elements.charts(charts.compared(found.names, runs), Marks(ends=charts.ends_of(runs)), "c")
-    problems = [f"{name}: {problem}" for name, left in zip(found.names, runs, strict=True) for problem in left.problems]
+    problems = [
+        f"{name}: {told}" for name, left in zip(found.names, runs, strict=True) for told in summary.problems(left)
+    ]
     title = f"{len(runs)} runs"
     main, rest = found.results_tables
     body = (

@@ -2,6 +2,7 @@
 
 import base64
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,11 +62,13 @@ def marks_of(left: Left) -> Marks:
 
 def _head(left: Left) -> str:
     kind, words = summary.status(left)
-    _, _, more = words.partition(kind)
-    state = f"<b>{kind}</b>{escaped(more)}" if kind != "open" else f"<b>open</b>: {escaped(words)}"
+    strong = re.split(r"[:,]", words)[0]
+    lead = summary.lead(left)
     return (
-        f'<header>\n<h1>{escaped(left.name)}</h1>\n<p class="state {kind}">{state}</p>\n'
-        f"<p>{escaped(summary.lead(left))}.</p>\n{elements.facts(summary.facts(left))}{elements.told(left.problems)}</header>\n"
+        f"<header>\n<h1>{escaped(left.name)}</h1>\n"
+        f'<p class="state {kind}"><b>{escaped(strong)}</b>{escaped(words.removeprefix(strong))}</p>\n'
+        + (f"<p>{escaped(lead)}.</p>\n" if lead else "")
+        + f"{elements.facts(summary.facts(left))}{elements.told(summary.problems(left))}</header>\n"
     )
 
 
@@ -81,7 +84,7 @@ def _key(found: Sequence[Chart], marks: Marks) -> str:
     words += ["○ the best"] if any(line.mode is not None for line in lines) else []
     words += ["\u00d7 not finite"] if not all(math.isfinite(sum(line.curve.values)) for line in lines) else []
     words += ["dashed where it was started again"] if marks.restarts else []
-    words += ["pale the extremes, strong the means"] if any(map(is_noisy, lines)) else []
+    words += ["pale from the lowest to the highest, strong the mean"] if any(map(is_noisy, lines)) else []
     return f'<p class="quiet">{" · ".join(words)}</p>\n' if lines and words else ""
 
 

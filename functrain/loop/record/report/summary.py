@@ -7,7 +7,7 @@ from typing import Any
 from functrain.loop.names import named_values
 from functrain.loop.record.curves import results_in
 from functrain.loop.record.left import Left
-from functrain.loop.record.reading import Part, Section
+from functrain.loop.record.reading import RUN, Part, Section
 from functrain.loop.record.report.tables import Table
 from functrain.loop.record.words import alike, duration, ended_in_words, moment, number, shown
 from functrain.tree.text import bytes_in_words
@@ -23,18 +23,21 @@ def lead(left: Left) -> str:
     words += [] if trained in (None, total) else [f"{trained:,} of them trained"]
     named = [f"{name} by {_short(optimizer)}" for name, optimizer in parts.items()]
     named = named[:6] + ([f"{len(named) - 6} more"] if len(named) > 6 else [])
-    return (
-        ": ".join(piece for piece in (", ".join(words), ", ".join(named)) if piece) or "what was trained is not known"
-    )
+    return ": ".join(piece for piece in (", ".join(words), ", ".join(named)) if piece)
 
 
 def status(left: Left) -> tuple[str, str]:
-    """How a run ended: "finished", "stopped", "failed" or "open", and more in words."""
+    """How a run ended: "finished", "stopped", "failed" or "open", and in words."""
     sections = left.recorded.sections
     if not sections:
         return "open", "how it ended is not recorded"
     how = sections[-1].how
     return how if how in ("finished", "stopped", "failed") else "open", ended_in_words(sections[-1])
+
+
+def problems(left: Left) -> list[str]:
+    """What could not be read, or is not there."""
+    return [*left.problems, *([] if left.has_record else [f"there is no {RUN} that says what it was made with"])]
 
 
 def facts(left: Left) -> list[tuple[str, str]]:
