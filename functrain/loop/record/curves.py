@@ -30,19 +30,40 @@ class Curve(NamedTuple):
             kept = sorted({0, len(self.values) - 1, *extremes(self.values, most - 2)})
         return Curve([self.steps[index] for index in kept], [self.values[index] for index in kept])
 
-    def means(self, stretches: int) -> "Curve":
-        """The mean of every stretch, at its middle, of what is finite.
+    def stretches(self, most: int) -> "list[Stretch]":
+        """The same in at most so many stretches.
 
-        >>> Curve([1, 2, 3, 4], [1.0, 3.0, 5.0, math.nan]).means(2)
-        Curve(steps=[2, 4], values=[2.0, 5.0])
+        >>> Curve([1, 2, 3, 4], [1.0, 3.0, 5.0, math.nan]).stretches(2)
+        [Stretch(step=2, low=1.0, mean=2.0, high=3.0, lost=None), Stretch(step=4, low=5.0, mean=5.0, high=5.0, lost=4)]
         """
-        steps, values = [], []
-        for start, end in _stretches(len(self.values), stretches):
-            finite = [value for value in self.values[start:end] if math.isfinite(value)]
-            if finite:
-                steps.append(self.steps[(start + end) // 2])
-                values.append(sum(value / len(finite) for value in finite))
-        return Curve(steps, values)
+        return [self._stretch(start, end) for start, end in _stretches(len(self.values), most)]
+
+    def _stretch(self, start: int, end: int) -> "Stretch":
+        values, lost = self.values[start:end], None
+        if not math.isfinite(total := sum(values)):
+            lost = next((index for index, value in enumerate(values, start) if not math.isfinite(value)), None)
+            values = [value for value in values if math.isfinite(value)] or [math.nan]
+            total = sum(value / len(values) for value in values) * len(values)
+        step = self.steps[(start + end) // 2]
+        return Stretch(step, min(values), total / len(values), max(values), None if lost is None else self.steps[lost])
+
+
+class Stretch(NamedTuple):
+    """A stretch of a curve.
+
+    Attributes:
+      step: in its middle.
+      low: the lowest value; NaN where none is finite.
+      mean: of those that are finite.
+      high: the highest value.
+      lost: the first step at which the value is not finite; None where all are.
+    """
+
+    step: int
+    low: float
+    mean: float
+    high: float
+    lost: int | None
 
 
 def extremes(values: Sequence[float], most: int) -> list[int]:

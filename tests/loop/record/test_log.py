@@ -135,7 +135,7 @@ def test_a_thinned_curve_begins_and_ends_as_all_of_it():
 
 def test_means_and_the_best_of_what_is_finite():
     curve = Curve([0, 1, 2, 3, 4, 5], [math.nan, 1.0, 3.0, math.inf, math.nan, math.nan])
-    assert curve.means(3) == Curve([1, 3], [1.0, 3.0])
+    assert [each.mean for each in curve.stretches(3)][:2] == [1.0, 3.0]
     assert (curve.best("min"), curve.best("max")) == (1, 2)
     assert Curve([0], [math.nan]).best("min") is None
-    assert Curve([], []).means(3) == Curve([], [])
+    assert Curve([], []).stretches(3) == []

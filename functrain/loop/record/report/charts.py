@@ -22,11 +22,13 @@ class Line(NamedTuple):
     Attributes:
       label: for the legend.
       curve: its numbers.
+      number: of the run or the part, by which it has its colour.
       mode: whether the smaller or the larger is better; None where it is not known, or its best is not marked.
     """
 
     label: str
     curve: Curve
+    number: int
     mode: Mode | None = None
 
 
@@ -43,7 +45,8 @@ def results_of(left: Left) -> list[Chart]:
     for name, curve in results_in(left.log.curves).items():
         _, _, metric = name.partition("/")
         mode = None if name.startswith("train/") else left.mode(name)
-        lines.setdefault(metric or name, []).append(Line(name, curve, mode))
+        of_metric = lines.setdefault(metric or name, [])
+        of_metric.append(Line(name, curve, len(of_metric), mode))
     charts = [Chart(metric, found) for metric, found in lines.items()]
     return sorted(charts, key=lambda chart: (chart.title != "loss", len(chart.lines) == 1))
 
@@ -59,17 +62,43 @@ def by_part(left: Left) -> list[Chart]:
             part = name.removeprefix("train/learning_rate/")
             if not any(of == part for of, _ in found["learning_rate"]):
                 found["learning_rate"][part, ""] = curve
-    return [
-        Chart(_BY_PART[number], [Line(_label(part, phase, curves), curve) for (part, phase), curve in curves.items()])
-        for number, curves in found.items()
-        if curves
-    ]
+    order = [*left.recorded.parts]
+    charts = []
+    for number, curves in found.items():
+        of_parts = sorted(curves, key=lambda of: order.index(of[0]) if of[0] in order else len(order))
+        lines = [Line(_label(*of, curves), curves[of], index) for index, of in enumerate(of_parts)]
+        charts += [Chart(_BY_PART[number], lines)] if lines else []
+    return charts
 
 
 def speed(log: Mapping[str, Curve]) -> list[Chart]:
     """How many steps were made in a second."""
     curve = log.get("train/steps_per_second")
-    return [] if curve is None else [Chart("steps per second", [Line("steps per second", curve)])]
+    return [] if curve is None else [Chart("steps per second", [Line("steps per second", curve, 0)])]
+
+
+def compared(names: Sequence[str], runs: Sequence[Left]) -> list[Chart]:
+    """The losses and results of several runs, each in a chart of its own, with a line for each run."""
+    found = [results_in(left.log.curves) for left in runs]
+    metrics = dict.fromkeys(metric for curves in found for metric in curves)
+    return [
+        Chart(
+            metric,
+            [
+                Line(name, curves[metric], index, None if metric.startswith("train/") else left.mode(metric))
+                for index, (name, left, curves) in enumerate(zip(names, runs, found, strict=True))
+                if metric in curves
+            ],
+        )
+        for metric in sorted(metrics, key=lambda metric: not metric.startswith("train/"))
+    ]
+
+
+def ends_of(runs: Sequence[Left]) -> tuple[int, int] | None:
+    """The first and the last step, from 0; None where there are none."""
+    curves = [curve for left in runs for curve in left.log.curves.values()]
+    ends = [step for curve in curves for step in (curve.steps[0], curve.steps[-1])]
+    return (min(0, *ends), max(ends)) if ends else None
 
 
 def _label(part: str, phase: str, curves: Mapping[tuple[str, str], Curve]) -> str:

@@ -21,7 +21,7 @@ def document(title: str, body: str) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escaped(title)}</title>\n<style>\n{_STYLE.read_text()}</style>\n</head>\n"
+        f"<title>{escaped(title)}</title>\n<style>\n{_STYLE.read_text(encoding='utf-8')}</style>\n</head>\n"
         f"<body>\n{body}</body>\n</html>\n"
     )
 
@@ -40,6 +40,11 @@ def table(found: Table | None) -> str:
 def folded(title: str, content: str) -> str:
     """What is shown when it is asked for; nothing where there is none."""
     return f"<details><summary>{escaped(title)}</summary>\n{content}</details>\n" if content else ""
+
+
+def folded_table(found: Table | None) -> str:
+    """A table of many numbers, which is shown when it is asked for."""
+    return "" if found is None else folded(f"{len(found.rows):,} more numbers", as_html(found))
 
 
 def verbatim(text: str | None) -> str:
@@ -61,29 +66,32 @@ def told(problems: Sequence[str]) -> str:
 
 def charts(found: Sequence[Chart], marks: Marks, prefix: str, *, small: bool = False) -> str:
     """Charts side by side, each with its legend; within `figures.drawing()`."""
-    drawn = [_figure(chart, marks, f"{prefix}{index}") for index, chart in enumerate(found)]
+    drawn = [_figure(chart, marks, f"{prefix}{index}", small=small) for index, chart in enumerate(found)]
     kind = "charts small" if small else "charts"
     return f'<div class="{kind}">\n{"".join(drawn)}</div>\n' if drawn else ""
 
 
-def _figure(chart: Chart, marks: Marks, prefix: str) -> str:
+def _figure(chart: Chart, marks: Marks, prefix: str, *, small: bool) -> str:
     hidden = len(chart.lines) - MOST_LINES
     more = f'<li class="quiet">and {hidden} more, which are not drawn</li>' if hidden > 0 else ""
-    legend = "".join(_entry(line, index) for index, line in enumerate(chart.lines[:MOST_LINES]))
+    is_alone = len(chart.lines) == 1 and chart.lines[0].number == 0
+    title = chart.lines[0].label if is_alone else chart.title
+    legend = "".join(_entry(line, named=not is_alone) for line in chart.lines[:MOST_LINES])
     return (
-        f'<figure>\n<h3>{escaped(chart.title)}</h3>\n<ul class="legend">{legend}{more}</ul>\n'
-        f"{svg(chart, marks, prefix, escaped(chart.title))}\n</figure>\n"
+        f'<figure>\n<h3>{escaped(title)}</h3>\n<ul class="legend">{legend}{more}</ul>\n'
+        f"{svg(chart, marks, prefix, escaped(chart.title), small=small)}\n</figure>\n"
     )
 
 
-def _entry(line: Line, index: int) -> str:
+def _entry(line: Line, *, named: bool) -> str:
     """A line of a legend: how it is drawn, its name, where it came to."""
-    dash = ("", ' stroke-dasharray="6 3"', ' stroke-dasharray="2 2"')[index // COLOURS % 3]
+    dash = ("", ' stroke-dasharray="6 3"', ' stroke-dasharray="2 2"')[line.number // COLOURS % 3]
     sample = (
         '<svg viewBox="0 0 28 12" aria-hidden="true"><path d="M1 6H27" fill="none" stroke-width="3"'
-        f' stroke="var(--c{index % COLOURS + 1})"{dash}/></svg>'
+        f' stroke="var(--c{line.number % COLOURS + 1})"{dash}/></svg>'
     )
-    return f"<li>{sample}{escaped(line.label)} <span>{escaped(_came_to(line))}</span></li>\n"
+    name = f"{sample}{escaped(line.label)} " if named else ""
+    return f"<li>{name}<span>{escaped(_came_to(line))}</span></li>\n"
 
 
 def _came_to(line: Line) -> str:
@@ -93,12 +101,12 @@ def _came_to(line: Line) -> str:
     return last if best is None else f"{last}, best {number(curve.values[best])} at {curve.steps[best]:,}"
 
 
-def pictures(found: Mapping[str, str | None]) -> str:
-    """Figures as they lie in the record, by name, each as a data URI; None is one that can't be shown."""
-    drawn = "".join(
-        f"<figure>\n<h3>{escaped(name)}</h3>\n"
-        + (f'<img alt="{escaped(name)}" src="{uri}">' if uri else '<p class="quiet">its file can\'t be shown</p>')
-        + "\n</figure>\n"
-        for name, uri in found.items()
-    )
+def picture(name: str, uri: str | None) -> str:
+    """A picture as it lies in the record, as a data URI; None is one that can't be shown."""
+    return f'<img alt="{escaped(name)}" src="{uri}">' if uri else '<p class="quiet">Its file can\'t be shown.</p>'
+
+
+def figures(found: Mapping[str, str]) -> str:
+    """Elements side by side, each under its name."""
+    drawn = "".join(f"<figure>\n<h3>{escaped(name)}</h3>\n{each}\n</figure>\n" for name, each in found.items())
     return f'<div class="charts">\n{drawn}</div>\n' if drawn else ""

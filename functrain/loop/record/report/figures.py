@@ -8,6 +8,7 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from functrain.errors import LogError
+from functrain.loop.record.curves import Stretch
 from functrain.loop.record.report.charts import Chart, Line
 from functrain.loop.record.words import number
 
@@ -21,17 +22,24 @@ _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _STANDS_FOR = {f"c{index}": f"#0000{index:02x}" for index in range(1, COLOURS + 1)} | {
     "ink": "#000100", "quiet": "#000200", "rule": "#000300", "paper": "#000400",
 }  # fmt: skip
-_MOST_POINTS, _STRETCHES = 600, 120
-_DECADES = 50  # Values that differ by more are drawn on a log scale.
+_STRETCHES = 150  # Of a curve of many points.
+_RATIO = 30  # Values that differ by more are drawn on a log scale.
 _REFERENCE = re.compile(r"(?<=url\(#)\w+|(?<=href=\"#)\w+")
-_LARGEST = 1e300  # Beyond, matplotlib's axes overflow.
+_LARGEST = 1e200  # Beyond, matplotlib's axes overflow.
 
 
 class Marks(NamedTuple):
-    """What is marked along the steps: where the run was started again, and where epochs begin."""
+    """What is marked along the steps.
 
-    restarts: Sequence[int]
-    epochs: Sequence[tuple[int, int]]
+    Attributes:
+      restarts: where the run was started again.
+      epochs: where which epoch begins.
+      ends: the first and the last step of all charts; None for those of each.
+    """
+
+    restarts: Sequence[int] = ()
+    epochs: Sequence[tuple[int, int]] = ()
+    ends: tuple[int, int] | None = None
 
 
 @contextmanager
@@ -51,7 +59,7 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def svg(chart: Chart, marks: Marks, prefix: str, title: str) -> str:
+def svg(chart: Chart, marks: Marks, prefix: str, title: str, *, small: bool = False) -> str:
     """Draws a chart as an `<svg>` element. Within `drawing()`.
 
     Args:
@@ -59,11 +67,12 @@ def svg(chart: Chart, marks: Marks, prefix: str, title: str) -> str:
       marks: along the steps.
       prefix: of the ids in it, which no other chart of the page may have.
       title: for who can't see it, escaped.
+      small: it is one of three in a row, rather than of two.
     """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    width, height = 5.0, 2.6
+    width, height = (4.0, 2.3) if small else (5.0, 2.6)
     figure = Figure(figsize=(width, height), dpi=72)
     figure.patch.set_visible(False)
     axes = figure.subplots()
@@ -76,38 +85,56 @@ def svg(chart: Chart, marks: Marks, prefix: str, title: str) -> str:
     return _inline(written.getvalue(), prefix, title)
 
 
+def is_noisy(line: Line) -> bool:
+    """Whether a line has so many points that its extremes and its means are drawn."""
+    return len(line.curve.values) > 2 * _STRETCHES
+
+
 def _draw(axes: "Axes", lines: Sequence[Line], marks: Marks) -> None:
-    finite = [value for line in lines for value in line.curve.values if math.isfinite(value)]
-    is_log = bool(finite) and min(finite) > 0 and max(finite) / min(finite) > _DECADES
+    drawn = [line.curve.stretches(_STRETCHES if is_noisy(line) else len(line.curve.values)) for line in lines]
+    is_log = _spans_decades(drawn)
     if is_log:
         axes.set_yscale("log")
     for step in marks.restarts:
         axes.axvline(step, color=_STANDS_FOR["quiet"], linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    for index, line in enumerate(lines):
-        _draw_line(axes, line, _STANDS_FOR[f"c{index % COLOURS + 1}"], _DASHES[index // COLOURS % len(_DASHES)])
+    for line, stretches in zip(lines, drawn, strict=True):
+        _draw_line(axes, line, stretches)
     _style(axes, is_log=is_log)
+    if marks.ends is not None and marks.ends[0] < marks.ends[1]:
+        axes.set_xlim(*marks.ends)
     _epochs(axes, marks.epochs)
 
 
-def _draw_line(axes: "Axes", line: Line, colour: str, dash: Any) -> None:
-    curve = line.curve.thinned(_MOST_POINTS)
-    values = [value if abs(value) <= _LARGEST else math.nan for value in curve.values]
-    is_noisy = len(line.curve.values) > 2 * _STRETCHES
-    style: dict[str, Any] = {"color": colour, "solid_capstyle": "round", "solid_joinstyle": "round"}
-    alone: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(values) == 1 else {}
-    axes.plot(curve.steps, values, linewidth=0.7 if is_noisy else 1.6, alpha=0.4 if is_noisy else 1.0,
-              linestyle=dash, zorder=2, **alone, **style)  # fmt: skip
-    if is_noisy:
-        means = line.curve.means(_STRETCHES)
-        axes.plot(means.steps, means.values, linewidth=1.6, linestyle=dash, zorder=3, **style)
-    lost = [step for step, value in zip(curve.steps, values, strict=True) if math.isnan(value)]
+def _spans_decades(drawn: Sequence[Sequence[Stretch]]) -> bool:
+    """Whether values, but for a few that are small, differ so much that a log scale shows more of them."""
+    finite = [sorted(each.low for each in stretches if math.isfinite(each.low)) for stretches in drawn]
+    lows = [values[len(values) // 10] for values in finite if values]
+    high = max((each.high for stretches in drawn for each in stretches if each.high <= _LARGEST), default=0.0)
+    return bool(lows) and min(values[0] for values in finite if values) > 1 / _LARGEST and high / min(lows) > _RATIO
+
+
+def _draw_line(axes: "Axes", line: Line, stretches: Sequence[Stretch]) -> None:
+    colour = _STANDS_FOR[f"c{line.number % COLOURS + 1}"]
+    steps, means = [each.step for each in stretches], [_drawable(each.mean) for each in stretches]
+    alone: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(steps) == 1 else {}
+    axes.plot(steps, means, color=colour, linewidth=1.6, linestyle=_DASHES[line.number // COLOURS % len(_DASHES)],
+              solid_capstyle="round", solid_joinstyle="round", zorder=3, **alone)  # fmt: skip
+    if is_noisy(line):
+        lows, highs = [_drawable(each.low) for each in stretches], [_drawable(each.high) for each in stretches]
+        axes.fill_between(steps, lows, highs, color=colour, alpha=0.22, linewidth=0, zorder=2)
+    lost = [each.step if each.lost is None else each.lost for each in stretches
+            if each.lost is not None or math.isnan(_drawable(each.mean))]  # fmt: skip
     if lost:
         axes.plot(lost, [0.97] * len(lost), "x", color=colour, markersize=5, markeredgewidth=1.4, clip_on=False,
                   transform=axes.get_xaxis_transform(), zorder=5)  # fmt: skip
     best = None if line.mode is None else line.curve.best(line.mode)
-    if best is not None and abs(line.curve.values[best]) <= _LARGEST:
+    if best is not None and math.isfinite(_drawable(line.curve.values[best])):
         axes.plot([line.curve.steps[best]], [line.curve.values[best]], "o", markersize=6, zorder=4, clip_on=False,
                   markerfacecolor=_STANDS_FOR["paper"], markeredgecolor=colour, markeredgewidth=1.6)  # fmt: skip
+
+
+def _drawable(value: float) -> float:
+    return value if abs(value) <= _LARGEST else math.nan
 
 
 def _style(axes: "Axes", *, is_log: bool) -> None:
@@ -131,7 +158,10 @@ def _epochs(axes: "Axes", epochs: Sequence[tuple[int, int]]) -> None:
     """Small numbers along the top, as many as there is room for."""
     low, high = axes.get_xlim()
     within = [(step, epoch) for step, epoch in epochs if low <= step <= high]
-    for step, epoch in within[:: math.ceil(len(within) / 8) or 1]:
+    apart = next(size * 10**power for power in range(20) for size in (1, 2, 5) if size * 10**power * 8 >= len(within))
+    for step, epoch in within:
+        if epoch % apart:
+            continue
         axes.annotate(f"{epoch}", (step, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), fontsize=9.0,
                       textcoords="offset points", ha="center", color=_STANDS_FOR["quiet"])  # fmt: skip
         axes.plot([step, step], [1, 0.98], transform=axes.get_xaxis_transform(), color=_STANDS_FOR["quiet"],

@@ -12,13 +12,14 @@ def markdown(left: Left) -> str:
     facts = Table(["", ""], summary.facts(left), words=2)
     pieces = [
         f"## {code(left.name)}\n",
-        f"{code(ended)}\n\n{code(summary.lead(left))}\n",
+        f"{code(ended)}\n",
+        f"{code(lead)}\n" if (lead := summary.lead(left)) else "",
         as_markdown(facts) if facts.rows else "",
         _headed("Results", main) + (_folded(rest) if rest is not None else ""),
         _headed("Parts", summary.parts(left)),
         _headed("What changed on the way", summary.changes(left)),
         _headed("Warnings", summary.warnings(left)),
-        "".join(f"- {code(problem)}\n" for problem in left.problems),
+        "".join(f"- {code(problem)}\n" for problem in summary.problems(left)),
     ]
     return "\n".join(piece for piece in pieces if piece)
 

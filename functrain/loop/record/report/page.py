@@ -1,12 +1,16 @@
 """report.html of one run: the summary first, then the curves, then what stands behind them."""
 
 import base64
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from functrain.loop.record.left import Left
 from functrain.loop.record.reading import file_within
-from functrain.loop.record.report import charts, elements, summary
-from functrain.loop.record.report.figures import Marks, drawing
+from functrain.loop.record.report import charts, elements, matrices, summary
+from functrain.loop.record.report.charts import Chart, ends_of
+from functrain.loop.record.report.figures import Marks, drawing, is_noisy
 from functrain.loop.record.report.tables import escaped
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -21,7 +25,8 @@ def page(left: Left) -> str:
     """
     marks = marks_of(left)
     with drawing():
-        results = elements.charts(charts.results_of(left), marks, "r")
+        of_results = charts.results_of(left)
+        results = elements.charts(of_results, marks, "r")
         by_part = elements.charts(charts.by_part(left), marks, "p", small=True)
         speed = elements.charts(charts.speed(left.log.curves), marks, "s")
     recorded = left.recorded
@@ -30,8 +35,8 @@ def page(left: Left) -> str:
     body = (
         _head(left),
         _final(left),
-        elements.section("Losses and results", results, _key(marks) if results else ""),
-        elements.section("Figures", elements.pictures(_figures(left))),
+        elements.section("Losses and results", results, _key(of_results, marks)),
+        elements.section("Figures", elements.figures(_figures(left))),
         elements.section("Parts", elements.table(summary.parts(left)), audit, optimizers, by_part),
         elements.section("Time", elements.table(summary.sections(left)), speed),
         elements.section("What changed on the way", elements.table(summary.changes(left))),
@@ -52,39 +57,48 @@ def marks_of(left: Left) -> Marks:
     for step, epoch in zip(epochs.steps, epochs.values, strict=True):
         if epoch > 0:
             begins.setdefault(int(epoch), step)
-    return Marks(restarts, [(step, epoch) for epoch, step in begins.items()])
+    return Marks(restarts, [(step, epoch) for epoch, step in begins.items()], ends_of([left]))
 
 
 def _head(left: Left) -> str:
     kind, words = summary.status(left)
-    _, _, more = words.partition(kind)
-    state = f"<b>{kind}</b>{escaped(more)}" if kind != "open" else f"<b>open</b>: {escaped(words)}"
+    strong = re.split(r"[:,]", words)[0]
+    lead = summary.lead(left)
     return (
-        f'<header>\n<h1>{escaped(left.name)}</h1>\n<p class="state {kind}">{state}</p>\n'
-        f"<p>{escaped(summary.lead(left))}.</p>\n{elements.facts(summary.facts(left))}{elements.told(left.problems)}</header>\n"
+        f"<header>\n<h1>{escaped(left.name)}</h1>\n"
+        f'<p class="state {kind}"><b>{escaped(strong)}</b>{escaped(words.removeprefix(strong))}</p>\n'
+        + (f"<p>{escaped(lead)}.</p>\n" if lead else "")
+        + f"{elements.facts(summary.facts(left))}{elements.told(summary.problems(left))}</header>\n"
     )
 
 
 def _final(left: Left) -> str:
     main, rest = summary.final(left)
-    more = elements.folded(f"{len(rest.rows)} more numbers", elements.table(rest)) if rest is not None else ""
-    return elements.section("Results", elements.table(main), more)
+    return elements.section("Results", elements.table(main), elements.folded_table(rest))
 
 
-def _key(marks: Marks) -> str:
-    words = ["○ the best", "\u00d7 not finite"]
-    words += ["numbers along the top: epochs"] if marks.epochs else []
-    words += ["dashed: started again"] if marks.restarts else []
-    told = f"{' · '.join(words)}. Where there are many points, pale lines have the extremes, strong ones the means."
-    return f'<p class="quiet">{told}</p>\n'
+def _key(found: Sequence[Chart], marks: Marks) -> str:
+    """What the marks in the charts mean, of those that there are."""
+    lines = [line for chart in found for line in chart.lines]
+    words = ["numbers along the top are epochs"] if marks.epochs else []
+    words += ["○ the best"] if any(line.mode is not None for line in lines) else []
+    words += ["\u00d7 not finite"] if not all(math.isfinite(sum(line.curve.values)) for line in lines) else []
+    words += ["dashed where it was started again"] if marks.restarts else []
+    words += ["pale from the lowest to the highest, strong the mean"] if any(map(is_noisy, lines)) else []
+    return f'<p class="quiet">{" · ".join(words)}</p>\n' if lines and words else ""
 
 
-def _figures(left: Left) -> dict[str, str | None]:
-    return {
-        f"{name}, {final.of}": _data_uri(file_within(left.directory, file))
-        for final in left.final
-        for name, file in final.figures.items()
-    }
+def _figures(left: Left) -> dict[str, str]:
+    """The figures of the results, and the matrices of which there is none."""
+    found = {}
+    for final in left.final:
+        for name, file in final.figures.items():
+            title = f"{name}, {final.of}"
+            found[title] = elements.picture(title, _data_uri(file_within(left.directory, file)))
+        for name, matrix in matrices.matrices_in(file_within(left.directory, final.arrays)).items():
+            if name not in final.figures:
+                found[f"{name}, {final.of}"] = matrices.as_html(matrix)
+    return found
 
 
 def _data_uri(path: Path | None) -> str | None:

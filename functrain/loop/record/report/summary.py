@@ -7,9 +7,9 @@ from typing import Any
 from functrain.loop.names import named_values
 from functrain.loop.record.curves import results_in
 from functrain.loop.record.left import Left
-from functrain.loop.record.reading import Part, Section
+from functrain.loop.record.reading import RUN, Part, Section
 from functrain.loop.record.report.tables import Table
-from functrain.loop.record.words import duration, ended_in_words, moment, number, shown
+from functrain.loop.record.words import alike, duration, ended_in_words, moment, number, shown
 from functrain.tree.text import bytes_in_words
 
 _MOST = 12
@@ -19,21 +19,25 @@ def lead(left: Left) -> str:
     """What was trained by what, in a sentence."""
     parts = _optimizers(left)
     total, trained = _parameters(left)
-    what = "what is not known" if total is None else f"{total:,} parameters"
-    what += "" if trained in (None, total) else f", of them {trained:,} trained,"
-    of = f" in {len(parts)} parts" if len(parts) > 1 else ""
+    words = [] if total is None else [f"{total:,} parameters" + (f" in {len(parts)} parts" if len(parts) > 1 else "")]
+    words += [] if trained in (None, total) else [f"{trained:,} of them trained"]
     named = [f"{name} by {_short(optimizer)}" for name, optimizer in parts.items()]
-    more = f" and {len(named) - 6} more" if len(named) > 6 else ""
-    return f"{what}{of}{': ' if named else ''}{', '.join(named[:6])}{more}"
+    named = named[:6] + ([f"{len(named) - 6} more"] if len(named) > 6 else [])
+    return ": ".join(piece for piece in (", ".join(words), ", ".join(named)) if piece)
 
 
 def status(left: Left) -> tuple[str, str]:
-    """How a run ended: "finished", "stopped", "failed" or "open", and more in words."""
+    """How a run ended: "finished", "stopped", "failed" or "open", and in words."""
     sections = left.recorded.sections
     if not sections:
         return "open", "how it ended is not recorded"
     how = sections[-1].how
     return how if how in ("finished", "stopped", "failed") else "open", ended_in_words(sections[-1])
+
+
+def problems(left: Left) -> list[str]:
+    """What could not be read, or is not there."""
+    return [*left.problems, *([] if left.has_record else [f"there is no {RUN} that says what it was made with"])]
 
 
 def facts(left: Left) -> list[tuple[str, str]]:
@@ -42,14 +46,19 @@ def facts(left: Left) -> list[tuple[str, str]]:
     last = sections[-1] if sections else None
     step = max((each for each in (last and last.to_step, left.log.last.get("step")) if each is not None), default=None)
     epoch = last.to_epoch if last and last.to_epoch is not None else left.log.last.get("epoch")
-    seconds = last.seconds if last and last.seconds is not None else left.held.seconds if left.held else None
     found = [("steps", None if step is None else f"{step:,}"), ("epochs", None if epoch is None else f"{epoch:,}")]
-    found.append(("training", None if seconds is None else duration(seconds)))
+    found.append(("training", None if seconds(left) is None else duration(seconds(left) or 0)))
     found.append(("steps per second", _speed(left)))
     found.append(("started again", _times(len(sections) - 1) if len(sections) > 1 else None))
     found += [(f"peak memory, {name}", bytes_in_words(size)) for name, size in _memory(sections).items()]
     found.append(("device", _device(left)))
     return [(name, value) for name, value in found if value is not None]
+
+
+def seconds(left: Left) -> float | None:
+    """Of training, in all."""
+    said = [section.seconds for section in left.recorded.sections if section.seconds is not None]
+    return said[-1] if said else left.held.seconds if left.held is not None else None
 
 
 def final(left: Left) -> tuple[Table | None, Table | None]:
@@ -58,15 +67,20 @@ def final(left: Left) -> tuple[Table | None, Table | None]:
         return _of_log(left), None
     head = ["", *(f"{each.of}" + ("" if each.step is None else f" · step {each.step:,}") for each in left.final)]
     rows = {
-        name: [name, *(number(each.numbers.get(name)) for each in left.final)]
+        name: [name, *alike([each.numbers.get(name) for each in left.final])]
         for name in dict.fromkeys(name for each in left.final for name in each.numbers)
     }
-    main = [name for name in rows if name.count("/") < 2][:_MOST] or [*rows][:_MOST]
+    main = [name for name in rows if is_main(name)][:_MOST] or [*rows][:_MOST]
     rest = [row for name, row in rows.items() if name not in main]
     return (
         Table(head, [rows[name] for name in main]) if main else None,
         Table(head, rest) if rest else None,
     )
+
+
+def is_main(name: str) -> bool:
+    """Whether a result is no detail of another, as "test/report/f1/3" is."""
+    return name.partition(",")[0].count("/") < 2
 
 
 def parts(left: Left) -> Table | None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 # What moves a cursor, turns the direction of text, or is half a character.
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+_MOMENT = re.compile(r"[-\d]{10} [:\d]{8} UTC")
 _PLAIN = re.compile(r"[-+\w .,:%()]*")  # In Markdown.
 
 
@@ -42,11 +43,14 @@ def as_html(table: Table) -> str:
     """A table as an element."""
     kinds = ["" if column < table.words else ' class="n"' for column in range(len(table.head))]
     head = "".join(f"<th{kind}>{escaped(cell)}</th>" for kind, cell in zip(kinds, table.head, strict=True))
-    rows = "".join(
-        "<tr>" + "".join(f"<td{kind}>{escaped(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>\n"
-        for row in table.rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>\n'
+    head = f"<thead><tr>{head}</tr></thead>\n" if any(table.head) else ""
+    rows = ""
+    for row in table.rows:
+        of_cells = [' class="d"' if _MOMENT.fullmatch(cell) else kind for kind, cell in zip(kinds, row, strict=True)]
+        cells = (f"<td{kind}>{escaped(cell)}</td>" for kind, cell in zip(of_cells, row, strict=True))
+        rows += f"<tr>{''.join(cells)}</tr>\n"
+    around = "scroll pairs" if table.words == 2 == len(table.head) else "scroll"
+    return f'<div class="{around}"><table>{head}<tbody>\n{rows}</tbody></table></div>\n'
 
 
 def as_markdown(table: Table) -> str:
