@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from functrain.loop.run import Run
     from functrain.loop.signals import StopSignals
     from functrain.loop.sweep import Sweep, lr_sweep
+    from functrain.loop.to_mlflow import MLflow
+    from functrain.loop.to_wandb import WandB
     from functrain.optim.adoption import Adoption
     from functrain.optim.hyperparameters import with_lr, with_state
     from functrain.optim.optimizer import Optimizer
@@ -98,6 +100,7 @@ __all__ = [
     "Logger",
     "Loss",
     "LossError",
+    "MLflow",
     "Metric",
     "NonFiniteError",
     "OnHost",
@@ -126,6 +129,7 @@ __all__ = [
     "TrainState",
     "Update",
     "UpdateError",
+    "WandB",
     "Window",
     "accumulate",
     "alternate",
@@ -171,6 +175,7 @@ _LAZY = {
     "Language": "functrain.loop.packages.language",
     "Logger": "functrain.loop.logs",
     "Loss": "functrain.gradients.loss",
+    "MLflow": "functrain.loop.to_mlflow",
     "Metric": "functrain.loop.metrics",
     "OnHost": "functrain.loop.metrics",
     "Optimizer": "functrain.optim.optimizer",
@@ -191,6 +196,7 @@ _LAZY = {
     "TopK": "functrain.loop.metrics",
     "TrainState": "functrain.update.state",
     "Update": "functrain.update.update",
+    "WandB": "functrain.loop.to_wandb",
     "Window": "functrain.update.window",
     "accumulate": "functrain.gradients.accumulation",
     "alternate": "functrain.update.phases",

@@ -208,6 +208,7 @@ def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, 
         stack.callback(plan.record.close)
     stack.callback(plan.rows.close)
     if plan.saver:
+        stack.callback(lambda saver: plan.rows.settle(saver.settled()), plan.saver)  # When the last save has ended.
         plan.saver.checkpoints.open()
         stack.push(plan.saver.checkpoints.__exit__)
     aside = _start_anew(plan) if fresh else None

@@ -109,6 +109,8 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
         if saver and (saves or (evaluations and saver.checkpoints.is_best(run.evaluated))):
             plan.rows.flush()
             saver.save(run)
+        if saver and logs:
+            plan.rows.settle(saver.settled())
         show()
     run.check(last_sound)
     if saver:
