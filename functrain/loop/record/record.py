@@ -25,6 +25,7 @@ from functrain.loop.record.sections import Began, Ended, How
 from functrain.loop.remote.address import cache_of, is_address
 from functrain.loop.remote.store import Store
 from functrain.loop.run import Run
+from functrain.loop.shares import Shardings
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 
@@ -209,7 +210,7 @@ class Record(Hook):
         if moved is not None:
             print(f"a new run begins; the record of the one before is kept in {moved}")
 
-    def prepare(self, update: Update, state: TrainState, sharding: jax.sharding.Sharding | None) -> None:
+    def prepare(self, update: Update, state: TrainState, sharding: Shardings) -> None:
         """Finds a mistake in the final evaluations before the first update, on shapes.
 
         Raises:
