@@ -56,6 +56,10 @@ class FitError(FunctrainError, ValueError):
     """Options of a run that don't fit each other or the update."""
 
 
+class RecordError(FunctrainError, ValueError):
+    """A record of a run that can't be kept as asked, or the folder of one that is none."""
+
+
 class NonFiniteError(FunctrainError, ArithmeticError):
     """A loss or a parameter became NaN or infinite."""
 
@@ -66,3 +70,7 @@ class CheckpointError(FunctrainError, ValueError):
 
 class SaveError(FunctrainError, OSError):
     """A checkpoint that could not be written. The one before it is whole, and the next save is tried as ever."""
+
+
+class StorageError(FunctrainError, OSError):
+    """Remote storage that can't be reached or refuses what it is asked for, or an address of none."""

@@ -39,6 +39,11 @@ def imports(house):
     return found
 
 
+def of(module, *floors):
+    """Whether a module is of one of the floors within the loop."""
+    return any(module.startswith(f"functrain.loop.{floor}.") for floor in floors)
+
+
 def faults(house):
     arrows = imports(house)
     room = {module: "functrain" if module == "functrain.__init__" else module.split(".")[1] for module in arrows}
@@ -46,10 +51,12 @@ def faults(house):
         for other in sorted(others):
             if room[module] != room[other] and FLOOR[room[module]] <= FLOOR[room[other]]:
                 yield f"{module} imports {other}, which is not below it"
-            if "loop.checkpoint" in module and room[other] == "loop" and "checkpoint" not in other and arrows[other] & {
-                each for each in arrows if room[each] == "loop"
-            }:  # fmt: skip
+            if "loop.checkpoint" in module and room[other] == "loop" and not of(other, "checkpoint", "remote") and (
+                arrows[other] & {each for each in arrows if room[each] == "loop"}
+            ):  # fmt: skip
                 yield f"{module} imports {other}, which stands on others of the loop"
+            if of(module, "remote") and room[other] == "loop" and not of(other, "remote"):
+                yield f"{module} imports {other}, which is above it in the loop"
     try:
         graphlib.TopologicalSorter(arrows).prepare()
     except graphlib.CycleError as circle:
@@ -68,7 +75,8 @@ def test_arrows_go_down_and_nothing_is_a_circle():
         ("update/step.py", "def late():\n    import functrain.loop.fit"),  # from the core to the loop,
         ("loop/fit.py", "from functrain.cli import main"),  # from the loop to what reads its files,
         ("loop/run.py", "if TYPE_CHECKING:\n    from functrain.loop.hooks import Hook"),  # in a circle, for types,
-        ("loop/checkpoint/folder.py", "from functrain.loop.reader import Reader"),  # or to the rest of the loop.
+        ("loop/checkpoint/folder.py", "from functrain.loop.reader import Reader"),  # to the rest of the loop,
+        ("loop/remote/store.py", "from functrain.loop.checkpoint.folder import Folder"),  # or to a floor above.
     ],
 )
 def test_an_arrow_that_is_turned_round_is_found(tmp_path, module, line):

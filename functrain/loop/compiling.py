@@ -30,6 +30,10 @@ def compile_for(
         return
     is_first = not run.compiled
     run.compiled.add(kind)
+    if is_first:
+        of_scan = 0 if scan is None else 1
+        given = batch if scan is None else scan
+        run.batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[of_scan:], leaf.dtype), given)
     if scan is not None and _leaves_single(run, scan):
         run.compiled.add("batch")
         batch = jax.tree.map(lambda leaf: leaf[0], scan)

@@ -19,7 +19,7 @@ from functrain.loop.names import named_values
 from functrain.loop.on_host import check_metrics, computed, is_on_host
 from functrain.loop.outcome import Outcome
 from functrain.loop.tensors import arrays_of
-from functrain.tree.arrays import replicated_over, wide
+from functrain.tree.arrays import is_here, replicated_over, wide
 from functrain.tree.paths import PyTree
 from functrain.tree.text import listed
 
@@ -160,7 +160,7 @@ class Evaluation:
         return [*means, *self.metrics]
 
     def _check_place(self, params: PyTree) -> None:
-        if self.sharding is None and not all(_is_here(leaf) for leaf in jax.tree.leaves(params)):
+        if self.sharding is None and not all(is_here(leaf) for leaf in jax.tree.leaves(params)):
             raise EvaluationError(
                 "params lie over several processes, and each would evaluate its own batches alone: say how they make"
                 " one, Evaluation(..., sharding=jax.NamedSharding(mesh, jax.P('data')))"
@@ -284,14 +284,9 @@ def _length(batch: Any) -> int:
 
 
 def _fetched(array: Any) -> np.ndarray:
-    if _is_here(array) or array.is_fully_replicated:
+    if is_here(array) or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _is_here(leaf: Any) -> bool:
-    """Whether it lies in this process alone."""
-    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
 def _plain(value: Any) -> Any:

@@ -33,6 +33,10 @@ class Logger(Protocol):
     takes the configuration, a mapping that may hold others, each time that it is started, and `artifact(path)` a file,
     each time that it is written. What fails with any error but `LogError` is warned of, and called again with the same
     arguments before the next row; a file, with the next one.
+
+    One that can take nothing back, as `MLflow`, may have `settle(step)`: rows up to it stand for good, as a checkpoint
+    of that step is whole (-1: none does yet; never called where there are no checkpoints); and `restore(rows)`, which
+    is given the rows of the log, each with "step" and "time", when a run goes on.
     """
 
     def log(self, step: int, row: Mapping[str, float]) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import EvaluationError
+from functrain.loop.packages.drawing import blank, draw_confusion
 
 
 class Metric(Protocol):
@@ -59,7 +60,7 @@ class ConfusionMatrix:
 
     def accumulate(self, acc: Any, outputs: Mapping[str, Any], mask: Any) -> Any:
         """Counts a batch."""
-        label, prediction = outputs[self.label], outputs[self.prediction]
+        label, prediction = (_numbered(outputs[name]) for name in self.names)
         is_in = (jnp.minimum(label, prediction) >= 0) & (jnp.maximum(label, prediction) < self.classes)
         ones = (is_in & (mask > 0)).astype(jnp.int32)
         counts = acc[0].at[label, prediction].add(ones, out_sharding=jax.typeof(acc[0]).sharding)
@@ -77,6 +78,21 @@ class ConfusionMatrix:
                 f" 0 to {self.classes - 1}; give them the weight 0, or a class of their own"
             )
         return np.asarray(acc[0])
+
+    def figure(self, result: np.ndarray) -> Any:
+        """The counts, coloured by their share of the label, as a `matplotlib.figure.Figure`.
+
+        Raises:
+          EvaluationError: matplotlib is not installed.
+        """
+        made, axes = blank(1, 1, 6, 6)
+        draw_confusion(axes, result, [str(nth) for nth in range(self.classes)])
+        return made
+
+
+def _numbered(classes: Any) -> Any:
+    """Classes as numbers; what is true is 1."""
+    return classes.astype(jnp.int32) if classes.dtype == jnp.bool_ else classes
 
 
 @dataclasses.dataclass(frozen=True)

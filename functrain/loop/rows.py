@@ -26,6 +26,7 @@ class Rows:
         self._path, self._log_last = path, log_last
         self._loggers = [Unfailing(logger) for logger in loggers]
         self._since = Moment()
+        self._settled: int | None = None
         self._written: collections.Counter[tuple[Any, ...]] = collections.Counter()
 
     def resume(self, run: Run, *, is_restored: bool) -> None:
@@ -33,8 +34,13 @@ class Rows:
         for logger in self._loggers:
             logger.resume(run.step if is_restored or run.step else -1)
         self._since = run.now
-        if self._path is not None and is_restored:
+        if self._path is None:
+            return
+        self.settle(run.step if is_restored else -1)
+        if is_restored:
             rows = [row for row in _read(self._path) if row["step"] <= run.step]
+            for logger in self._loggers:
+                logger.restore(rows)
             run.history = [{name: value for name, value in row.items() if name != "time"} for row in rows]
             # An epoch's end is no step: of its last step, the log may have what came after the checkpoint.
             here = [row for row in run.history if row["step"] == run.step]
@@ -67,6 +73,13 @@ class Rows:
             if optim.owners[part] in joined
             for name, value in named[part].items()
         }
+
+    def settle(self, step: int) -> None:
+        """Tells the loggers that rows up to a step stand for good: the run goes on from no earlier one."""
+        if step != self._settled:
+            self._settled = step
+            for logger in self._loggers:
+                logger.settle(step)
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Gives the configuration of the run to the loggers that take one."""

@@ -1,7 +1,7 @@
 """A logger that fails ends no run."""
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,16 @@ class Unfailing:
     def resume(self, step: int) -> None:
         """As the logger's own."""
         self._do("resume", step)
+
+    def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """As the logger's own, if it has one."""
+        if hasattr(self._logger, "restore"):
+            self._do("restore", rows)
+
+    def settle(self, step: int) -> None:
+        """As the logger's own, if it has one."""
+        if hasattr(self._logger, "settle"):
+            self._do("settle", step)
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         """As the logger's own."""

@@ -149,6 +149,11 @@ class Checkpoints:
         """
         self._writer.wait()
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether the last save is on disk: it has ended, and did not fail."""
+        return self._writer.is_whole
+
     def open(self) -> None:
         """Makes the folder, keeps other processes from writing to it, and clears what a killed one left half done.
 
@@ -244,12 +249,7 @@ class Checkpoints:
                 self._storage.close()
             for text in finder.told:
                 warn(text)
-        if restored is not None and restored.changed:
-            warn(
-                f"the optimizer goes on with other numbers than {restored.path} was saved with:"
-                f"{listed_lines(restored.changed)}\nto go on as it was, write the numbers that were"
-            )
-        return restored
+        return _told(restored)
 
     def start_anew(self) -> Path | None:
         """Moves all checkpoints, damaged ones too, to a folder "before-1", so that the next run is a new one.
@@ -293,6 +293,16 @@ def _leaves_to_save(state: TrainState) -> dict[str, Any]:
     leaves = named_leaves(state)
     check_not_deleted([*leaves.values()])
     return leaves
+
+
+def _told(restored: Restored | None) -> Restored | None:
+    """Warns of an optimizer that goes on otherwise."""
+    if restored is not None and restored.changed:
+        warn(
+            f"the optimizer goes on with other numbers than {restored.path} was saved with:"
+            f"{listed_lines(restored.changed)}\nto go on as it was, write the numbers that were"
+        )
+    return restored
 
 
 def _check_state(state: object, call: str) -> None:

@@ -34,6 +34,11 @@ class Writer:
         """Whether it takes checkpoints."""
         return self._thread is not None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was to be written is on disk."""
+        return (self._finishing is None or self._finishing.done()) and self.failure is None
+
     def start(self) -> None:
         """Makes the thread."""
         self._thread = ThreadPoolExecutor(1, "functrain-checkpoints")

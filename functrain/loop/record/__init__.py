@@ -1,5 +1,5 @@
-"""What a run leaves for people: run.json, the log, results, figures, the report.
+"""What a run leaves for people: its record, `run.json`, log, results, figures, source and report.
 
-Knows the folder of a record and reads it, however much of it is there; what draws the report imports matplotlib when it
-draws. Imports of `loop` what reads files, `loop/checkpoint` and rooms below; `fit` knows it as a hook.
+Knows the files of a record's folder, what may stand in them, and how they are shown. `reading` and the report import no
+JAX; the rest imports the loop and all below. Nothing that a file contains is executed.
 """
