@@ -135,7 +135,7 @@ def test_what_a_record_says_is_shown_with_the_final_numbers_of_best_and_last(tmp
         "started again 2025-11-22 00:10:00 UTC; config/rates/body 0.01 -> 0.001; config/new - -> 1"
     )
     assert line_of(out, "warnings") == "4"
-    assert line_of(out, "part head") == "with_lr(adam, 0.001), 4 leaves, 4.8 KiB"
+    assert line_of(out, "part head") == "adam(b1=0.8), 4 leaves, 4.8 KiB"
     assert line_of(out, "final").split("  ")[0] == "best valid/accuracy, step 12"
     assert line_of(out, "test/accuracy").split() == ["0.975", "0.9625"]
     assert line_of(out, "test/loss").split() == ["nan", "0.125"]

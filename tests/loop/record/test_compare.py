@@ -38,6 +38,14 @@ def test_only_what_differs_is_named_in_the_configuration_and_in_the_results(two,
     assert found.same > 20
 
 
+def test_a_rate_that_only_the_optimizer_knows_is_named(tmp_path):
+    other = copy.deepcopy(RUN)
+    other["model"]["parts"]["body"] |= {"hyperparameters": {"learning_rate": 0.5}}
+    runs = [write(tmp_path / "a"), write(tmp_path / "b", other)]
+    found = compare(runs, tmp_path / "out")[1]
+    assert found.configuration == {"parts/body/hyperparameters/learning_rate": [0.001, 0.5]}
+
+
 def test_the_page_has_both_tables_and_the_curves_of_both_in_each_chart(two, tmp_path):
     written, _ = compare(two, tmp_path / "out")
     page = Page(written.html.read_text())
