@@ -106,8 +106,8 @@ def _results(left: Left, curves: Mapping[str, Curve]) -> dict[str, Any]:
 def _text(run: str, left: Left, data: Mapping[str, Any], curves: Mapping[str, Curve]) -> str:
     facts = _facts(left.recorded) if left.has_record else []
     for name, part in (data["trained"] or {"parts": {}})["parts"].items():
-        facts.append((f"part {name}", f"{part['optimizer'] or '-'}, {leaves_in_words(part['leaves'] or 0)}, "
-                      f"{bytes_in_words(part['bytes'] or 0)} with its state"))  # fmt: skip
+        size = bytes_in_words(part["bytes"] or 0) + (" with its state" if left.held is not None else "")
+        facts.append((f"part {name}", f"{part['optimizer'] or '-'}, {leaves_in_words(part['leaves'] or 0)}, {size}"))
     facts.append(("progress", _progress_in_words(data["progress"])))
     for name, result in data["results"].items():
         best = "" if result["best"] is None else f", best {number(result['best'])} at step {result['best_step']}"

@@ -14,6 +14,7 @@ class Part(NamedTuple):
     """A part of the model; None is what is not said."""
 
     optimizer: str | None
+    hyperparameters: dict[str, float]
     selector: str | None
     leaves: int | None
     parameters: int | None
@@ -175,6 +176,7 @@ def _recorded(said: Fields) -> Recorded:
 def _part(said: Fields) -> Part:
     return Part(
         said.text("optimizer"),
+        said.numbers("hyperparameters"),
         said.text("selector"),
         said.whole("leaves"),
         said.whole("parameters"),

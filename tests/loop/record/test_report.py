@@ -58,7 +58,7 @@ def test_how_a_run_ended(tmp_path, changes, says):
 
 def test_all_that_a_record_says_is_in_the_page(tmp_path):
     text = page_of(record(tmp_path)).text
-    for piece in ("body with_lr(adam, 0.001) body 4 1,234 4.8 KiB", "head with_lr(adam, 0.001) (frozen)",
+    for piece in ("body adam(b1=0.8), learning_rate 0.001 body 4 1,234 4.8 KiB", "learning_rate 0.001 (frozen)",
                   "part optimizer", "part loss", "step 8 config/rates/body 0.01 0.001", "config/new - 1",
                   "the batch is small 4", "rates/body 0.001", "train.py --epochs 10", "version/functrain 0.2.0",
                   "git/dirty true", "source/left_out/data.bin 12 MB", "peak memory, host 3.0 MiB", "started again once",
@@ -189,17 +189,18 @@ def test_a_figure_is_in_the_page_and_one_elsewhere_or_of_another_kind_is_not(tmp
 
 
 def test_a_confusion_matrix_without_a_figure_is_a_table_and_an_array_that_is_none_harms_nothing(tmp_path):
-    run = record(tmp_path, results=results_with({}, "arrays.npz"))
-    np.savez(run / "arrays.npz", **{"test/confusion": np.array([[91, 9], [8, 92]]), "test/<b>": np.eye(2),
+    run = record(tmp_path, results=results_with({"test/has_one": "gone.png"}, "arrays.npz"))
+    np.savez(run / "arrays.npz", **{"confusion": np.array([[91, 9], [8, 92]]), "<b>": np.eye(2), "has_one": np.eye(2),
                                     "a": np.ones(3), "b": np.full((2, 2), np.nan), "c": np.ones((99, 99))})  # fmt: skip
     text = page_of(run).text
     assert "test/confusion, last 0 1 0 91 9 1 8 92" in text
     assert "test/<b>, last" in text
+    assert text.count("test/has_one") == 1
     pickled = np.array([{"a": 1}, None], dtype=object)
     np.savez(run / "arrays.npz", pickled)
-    assert "Figures" not in page_of(run).text
+    assert "test/confusion" not in page_of(run).text
     (run / "arrays.npz").write_bytes(b"PK\x03\x04 torn")
-    assert "Figures" not in page_of(run).text
+    assert "test/confusion" not in page_of(run).text
 
 
 def test_ids_are_those_of_one_chart_each_and_all_that_are_meant_are_there(tmp_path):
@@ -287,7 +288,7 @@ def test_the_report_for_a_pull_request_has_the_summary_the_results_the_parts_and
     assert text.startswith("## digits\n\nfinished, at step 16, ")
     assert "|  | `best valid/accuracy · step 12` | `last · step 16` |" in text
     assert "| `test/accuracy` | 0.9750 | 0.9625 |" in text
-    assert "| body | `with_lr(adam, 0.001)` | body | 4 | 1,234 | 4.8 KiB |" in text
+    assert "| body | `adam(b1=0.8), learning_rate 0.001` | body | 4 | 1,234 | 4.8 KiB |" in text
     assert "| step 8 | `config/rates/body` | 0.01 | 0.001 |" in text
     assert "<svg" not in text
 

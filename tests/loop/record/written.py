@@ -3,8 +3,10 @@
 import copy
 import json
 
-PART = {"optimizer": "with_lr(adam, 0.001)", "selector": "body", "leaves": 4, "parameters": 1234, "bytes": 4936,
-        "trained": True}  # fmt: skip
+PART = {
+    "optimizer": "adam(b1=0.8)", "hyperparameters": {"learning_rate": 0.001}, "selector": "body", "leaves": 4,
+    "parameters": 1234, "bytes": 4936, "trained": True,
+}  # fmt: skip
 SECTION = {
     "started": 1763770000.5, "ended": 1763770100.5, "from_step": 0, "from_epoch": 0, "checkpoint": None, "to_step": 8,
     "to_epoch": 2, "seconds": 12.25, "how": "stopped", "why": "SIGTERM", "changed": {},

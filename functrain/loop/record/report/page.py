@@ -32,6 +32,7 @@ def page(left: Left) -> str:
     recorded = left.recorded
     audit = elements.folded("which loss reaches which leaf", elements.verbatim(recorded.audit))
     optimizers = elements.folded("the optimizers", elements.verbatim(recorded.optimizers))
+    versions = elements.folded("all other versions", elements.table(summary.versions(left)))
     body = (
         _head(left),
         _final(left),
@@ -43,7 +44,7 @@ def page(left: Left) -> str:
         elements.section("Checkpoints", _where(left), elements.table(summary.checkpoints(left))),
         elements.section("Warnings", elements.table(summary.warnings(left))),
         elements.section("Configuration", elements.table(summary.configuration(left))),
-        elements.section("Environment", elements.table(summary.environment(left))),
+        elements.section("Environment", elements.table(summary.environment(left)), versions),
         "<footer>Written by functrain from the files of the run.</footer>\n",
     )
     return elements.document(left.name, "".join(body))
@@ -95,8 +96,8 @@ def _figures(left: Left) -> dict[str, str]:
         for name, file in final.figures.items():
             title = f"{name}, {final.of}"
             found[title] = elements.picture(title, _data_uri(file_within(left.directory, file)))
-        for name, matrix in matrices.matrices_in(file_within(left.directory, final.arrays)).items():
-            if name not in final.figures:
+        for array, matrix in matrices.matrices_in(file_within(left.directory, final.arrays)).items():
+            if (name := f"{final.evaluation}/{array}") not in final.figures:
                 found[f"{name}, {final.of}"] = matrices.as_html(matrix)
     return found
 

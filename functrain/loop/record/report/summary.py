@@ -13,6 +13,7 @@ from functrain.loop.record.words import alike, duration, ended_in_words, moment,
 from functrain.tree.text import bytes_in_words
 
 _MOST = 12
+_FIRST = ("python", "functrain", "jax", "jaxlib", "optax", "numpy")
 
 
 def lead(left: Left) -> str:
@@ -153,12 +154,15 @@ def configuration(left: Left) -> Table | None:
 
 
 def environment(left: Left) -> Table | None:
-    """The device, the commit and the versions."""
-    if not left.has_record:
-        return _named({"version": left.held.versions}) if left.held is not None else None
+    """The command, the device, the commit and the versions that matter most."""
     said: dict[str, Any] = {"command": " ".join(left.recorded.command)} if left.recorded.command else {}
     said |= {"device": left.recorded.device, "git": left.recorded.git, "source": left.recorded.source}
-    return _named(said | {"version": left.recorded.versions})
+    return _named(said | {"version": {name: each for name, each in _versions(left).items() if name in _FIRST}})
+
+
+def versions(left: Left) -> Table | None:
+    """The versions of all else."""
+    return _named({name: each for name, each in _versions(left).items() if name not in _FIRST})
 
 
 def warnings(left: Left) -> Table | None:
@@ -188,7 +192,8 @@ def _optimizers(left: Left) -> dict[str, str]:
 
 def _optimizer(part: Part) -> str:
     optimizer = part.optimizer or "-"
-    return f"{optimizer} (frozen)" if part.trained is False and optimizer != "frozen" else optimizer
+    with_what = "".join(f", {name} {number(value)}" for name, value in part.hyperparameters.items())
+    return f"{optimizer}{with_what}" + (" (frozen)" if part.trained is False and optimizer != "frozen" else "")
 
 
 def _short(optimizer: str) -> str:
@@ -226,6 +231,10 @@ def _how(section: Section) -> str:
 
 def _size(count: int | None) -> str:
     return "-" if count is None else bytes_in_words(count)
+
+
+def _versions(left: Left) -> Mapping[str, Any]:
+    return left.recorded.versions or (left.held.versions if left.held is not None else {})
 
 
 def _times(count: int) -> str:
