@@ -224,6 +224,8 @@ def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, 
         plan.record.open(run.step, goes_on=restored is not None or (run.step > 0 and not fresh), aside=aside)
         plan.rows.start(plan.record.config)
     plan.rows.resume(run, is_restored=restored is not None)
+    if plan.saver:
+        plan.rows.settle(plan.saver.settled())
     return restored
 
 

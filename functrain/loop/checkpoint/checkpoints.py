@@ -22,7 +22,7 @@ from functrain.loop.checkpoint.leaves import named_leaves
 from functrain.loop.checkpoint.lock import Lock
 from functrain.loop.checkpoint.processes import found_by_first
 from functrain.loop.checkpoint.reading import Restored, read
-from functrain.loop.checkpoint.retention import Mode, Retention
+from functrain.loop.checkpoint.retention import Best, Mode, Retention
 from functrain.loop.checkpoint.staging import Staging
 from functrain.loop.checkpoint.storage import Storage
 from functrain.loop.checkpoint.writer import Writer
@@ -62,7 +62,7 @@ class Checkpoints:
       every: when `fit` saves; by default at the end of each epoch. Read by nothing but `fit`.
       keep_last: how many of the newest to keep.
       keep_best: a metric, such as "valid/loss", of which the best checkpoint is kept too; NaN is never best. Several,
-        each with its mode: {"valid/loss": "min", "valid/accuracy": "max"}.
+        each with its mode, how many, or both: {"valid/loss": 3, "valid/accuracy": "max", "valid/f1": ("max", 3)}.
       mode: "min" if a smaller metric is better, "max" if a larger one; of a loss or an error it need not be said.
       asynchronous: False to have `save` return when all is on disk.
       lock: False on a file system without locks, where you see to it that one process writes at a time.
@@ -77,7 +77,7 @@ class Checkpoints:
         *,
         every: Every | None = None,
         keep_last: int = 2,
-        keep_best: str | Mapping[str, Mode] | None = None,
+        keep_best: str | Mapping[str, Best] | None = None,
         mode: Mode | None = None,
         asynchronous: bool = True,
         lock: bool = True,
