@@ -223,6 +223,8 @@ def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, 
     if plan.record:
         plan.record.open(run.step, goes_on=restored is not None or (run.step > 0 and not fresh), aside=aside)
         plan.rows.start(plan.record.config)
+        if plan.saver and plan.record.sent is not None:
+            plan.saver.checkpoints.send_first(plan.record.sent)  # A row is there before what a run goes on from.
     plan.rows.resume(run, is_restored=restored is not None)
     if plan.saver:
         plan.rows.settle(plan.saver.settled())

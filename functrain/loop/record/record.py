@@ -1,7 +1,7 @@
 """The record of a run: what was trained by what, how it went, how it ended; for people, beside its checkpoints."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -254,6 +254,11 @@ class Record(Hook):
             self._keeper.results = self._folder.results()
         else:
             self._keeper.conclude(run.state)
+
+    @property
+    def sent(self) -> Callable[[], None] | None:
+        """Of a record at an address, what returns when all that was written is there."""
+        return None if self._outbox is None else self._outbox.sent
 
     def _note(self, run: Run) -> None:
         self._keeper.note(run.state, run.batch)

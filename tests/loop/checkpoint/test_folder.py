@@ -315,16 +315,6 @@ def test_a_checkpoint_is_no_folder_of_checkpoints(sound, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "directory", ["s3://bucket/x", pathlib.Path("s3://bucket/x"), "gs://bucket", "file:///tmp/x", "hdfs://host/x"]
-)
-def test_an_address_is_no_folder(tmp_path, monkeypatch, directory):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=says("is no folder: mount the storage, and give the path there")):
-        ft.Checkpoints(directory)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
     ("options", "phrases"),
     [
         ({"keep_last": 0}, ["keep_last=0", "at least 1"]),
