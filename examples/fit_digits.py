@@ -1,6 +1,7 @@
 """The main job of custom_loop.py through `ft.fit`: four parts, four optimizers, accumulation and a clip.
 
-Kill it at any moment and start it again: it ends as it would have ended. A run that has ended prints its results.
+Kill it at any moment and start it again: it ends as it would have ended. A run that has ended prints its results, and
+leaves a record: open report.html in its folder, or compare two of them, `functrain report runs/fit_digits runs/slow`.
 """
 
 import argparse
@@ -53,6 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/fit_digits"))
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--rate", type=float, default=2e-3, help="of the first convolution")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -69,7 +71,7 @@ def main() -> None:
     optim = ft.Optimizer(
         parts,
         {
-            "conv1": ft.with_lr(optax.adam, 2e-3),
+            "conv1": ft.with_lr(optax.adam, args.rate),
             "conv2": ft.with_lr(optax.adamw, optax.cosine_decay_schedule(3e-3, updates), weight_decay=0.01),
             "bias": ft.with_lr(optax.sgd, 1e-2, momentum=0.9),
             "rest": ft.with_lr(optax.adamw, optax.cosine_decay_schedule(2e-3, updates), weight_decay=0.01),
@@ -92,22 +94,25 @@ def main() -> None:
 
     update = ft.make_update(loss_fn, optim, accumulate=ACCUMULATE)
     metrics = {"top2": ft.TopK(2, scores="logits"), "confusion": ft.ConfusionMatrix(10)}
+    of_test = ft.Evaluation(eval_step, test, name="test", metrics=metrics)
+    config = {"epochs": args.epochs, "rate": args.rate, "seed": args.seed, "batch": BATCH, "accumulate": ACCUMULATE}
     result = ft.fit(
         update,
         update.init(params, key=jax.random.key(args.seed)),
         train,
         epochs=args.epochs,
         evaluation=ft.Evaluation(eval_step, valid, metrics=metrics),
-        checkpoints=ft.Checkpoints(args.out, every=ft.Every(updates=25), keep_best="valid/loss"),
+        record=ft.Record(args.out, config=config, final=of_test),
+        checkpoints=ft.Checkpoints(args.out / "checkpoints", every=ft.Every(updates=25), keep_best="valid/loss"),
         log=ft.Every(updates=5),
         stop=ft.EarlyStopping("valid/loss", patience=5),
         hooks=[Report()],
         load_best_on_end=True,
     )
-    of_test = ft.Evaluation(eval_step, test, metrics=metrics)(result.state.params)
+    found = of_test(result.state.params)
     print(f"\nbest after step {int(result.state.step)} of {updates}, stopped: {result.stopped}")
-    print(f"labels by predictions:\n{of_test['confusion']}")
-    print(f"\ntest loss {of_test['loss']:.6f}\ntest accuracy {of_test['accuracy']:.3f}")
+    print(f"labels by predictions:\n{found['confusion']}")
+    print(f"\ntest loss {found['loss']:.6f}\ntest accuracy {found['accuracy']:.3f}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from functrain.errors import (
     OptimizerError,
     PartitionError,
     PhaseError,
+    RecordError,
     SaveError,
     StorageError,
     UpdateError,
@@ -41,10 +42,18 @@ if TYPE_CHECKING:
     from functrain.loop.hooks import EarlyStopping, Hook
     from functrain.loop.logs import JsonLines, Logger, TensorBoard, read_json_lines
     from functrain.loop.metrics import ConfusionMatrix, Metric, OnHost, TopK
+    from functrain.loop.outcome import Outcome
+    from functrain.loop.packages.classification import Classification
+    from functrain.loop.packages.language import Language
+    from functrain.loop.packages.regression import Regression
+    from functrain.loop.packages.retrieval import Retrieval
     from functrain.loop.plateau import ReduceOnPlateau
+    from functrain.loop.record.record import Record
     from functrain.loop.run import Run
     from functrain.loop.signals import StopSignals
     from functrain.loop.sweep import Sweep, lr_sweep
+    from functrain.loop.to_mlflow import MLflow
+    from functrain.loop.to_wandb import WandB
     from functrain.optim.adoption import Adoption
     from functrain.optim.hyperparameters import with_lr, with_state
     from functrain.optim.optimizer import Optimizer
@@ -73,6 +82,7 @@ __all__ = [
     "CadenceError",
     "CheckpointError",
     "Checkpoints",
+    "Classification",
     "ConfusionMatrix",
     "Data",
     "DataError",
@@ -85,23 +95,30 @@ __all__ = [
     "FunctrainError",
     "Hook",
     "JsonLines",
+    "Language",
     "Limits",
     "LogError",
     "Logger",
     "Loss",
     "LossError",
+    "MLflow",
     "Metric",
     "NonFiniteError",
     "OnHost",
     "Optimizer",
     "OptimizerError",
+    "Outcome",
     "Partition",
     "PartitionError",
     "Phase",
     "PhaseError",
+    "Record",
+    "RecordError",
     "ReduceOnPlateau",
+    "Regression",
     "Restored",
     "Result",
+    "Retrieval",
     "Run",
     "SaveError",
     "Selector",
@@ -113,6 +130,7 @@ __all__ = [
     "TrainState",
     "Update",
     "UpdateError",
+    "WandB",
     "Window",
     "accumulate",
     "alternate",
@@ -145,6 +163,7 @@ _LAZY = {
     "Alternation": "functrain.update.phases",
     "Audit": "functrain.auditing.audit",
     "Checkpoints": "functrain.loop.checkpoint.checkpoints",
+    "Classification": "functrain.loop.packages.classification",
     "ConfusionMatrix": "functrain.loop.metrics",
     "Data": "functrain.loop.data",
     "DynamicScale": "functrain.update.precision",
@@ -154,17 +173,23 @@ _LAZY = {
     "FROZEN": "functrain.optim.transforms",
     "Hook": "functrain.loop.hooks",
     "JsonLines": "functrain.loop.logs",
+    "Language": "functrain.loop.packages.language",
     "Limits": "functrain.loop.remote.limits",
     "Logger": "functrain.loop.logs",
     "Loss": "functrain.gradients.loss",
+    "MLflow": "functrain.loop.to_mlflow",
     "Metric": "functrain.loop.metrics",
     "OnHost": "functrain.loop.metrics",
     "Optimizer": "functrain.optim.optimizer",
+    "Outcome": "functrain.loop.outcome",
     "Partition": "functrain.tree.partition",
     "Phase": "functrain.update.phases",
+    "Record": "functrain.loop.record.record",
     "ReduceOnPlateau": "functrain.loop.plateau",
+    "Regression": "functrain.loop.packages.regression",
     "Restored": "functrain.loop.checkpoint.reading",
     "Result": "functrain.loop.fit",
+    "Retrieval": "functrain.loop.packages.retrieval",
     "Run": "functrain.loop.run",
     "Selector": "functrain.tree.selectors",
     "StopSignals": "functrain.loop.signals",
@@ -173,6 +198,7 @@ _LAZY = {
     "TopK": "functrain.loop.metrics",
     "TrainState": "functrain.update.state",
     "Update": "functrain.update.update",
+    "WandB": "functrain.loop.to_wandb",
     "Window": "functrain.update.window",
     "accumulate": "functrain.gradients.accumulation",
     "alternate": "functrain.update.phases",

@@ -56,6 +56,10 @@ class FitError(FunctrainError, ValueError):
     """Options of a run that don't fit each other or the update."""
 
 
+class RecordError(FunctrainError, ValueError):
+    """A record of a run that can't be kept as asked, or the folder of one that is none."""
+
+
 class NonFiniteError(FunctrainError, ArithmeticError):
     """A loss or a parameter became NaN or infinite."""
 

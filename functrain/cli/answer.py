@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from functrain.loop.lines import SPELLED
@@ -49,32 +48,3 @@ def strict(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return SPELLED[str(value)]
     return value
-
-
-def number(value: float | None) -> str:
-    """A number for a reader."""
-    return "-" if value is None else f"{value:.4g}"
-
-
-def moment(seconds: Any) -> str:
-    """Seconds since 1970 as a date.
-
-    >>> moment(0), moment(None)
-    ('1970-01-01 00:00:00', '-')
-    """
-    try:
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
-    except (TypeError, ValueError, OverflowError, OSError):
-        return "-"
-
-
-def duration(seconds: float) -> str:
-    """A time in words.
-
-    >>> duration(1.25), duration(200), duration(7260)
-    ('1.2 s', '3 min 20 s', '2 h 1 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,16 +1,15 @@
 """`functrain checkpoints`: what each checkpoint of a folder is."""
 
-import contextlib
 from argparse import Namespace
 from typing import Any
 
-from functrain.cli.answer import Answer, moment, number
-from functrain.cli.held import REST, held_in
+from functrain.cli.answer import Answer
 from functrain.cli.place import checkpoints_of
 from functrain.cli.soundness import Look, looks
 from functrain.errors import CheckpointError
-from functrain.loop.checkpoint import manifest
-from functrain.loop.checkpoint.folder import Entry, Name
+from functrain.loop.checkpoint.folder import Name
+from functrain.loop.checkpoint.held import REST, held_in, saved_at
+from functrain.loop.record.words import moment, number
 from functrain.tree.text import aligned, bytes_in_words, listed
 
 
@@ -23,14 +22,6 @@ def run(arguments: Namespace) -> Answer:
     lines += [f"{row['name']}: {problem}" for row in rows for problem in row["problems"]]
     lines += [f"set aside as damaged: {listed(aside)}"] if aside else []
     return Answer("\n".join(lines), data)
-
-
-def saved_at(entry: Entry) -> float | None:
-    """When a checkpoint was saved, in seconds since 1970; None where no manifest says it."""
-    with contextlib.suppress(ValueError, OSError):
-        when = (manifest.load(entry.path) or {}).get("time")
-        return when if isinstance(when, int | float) else None
-    return None
 
 
 def _row(look: Look) -> dict[str, Any]:

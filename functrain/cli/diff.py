@@ -5,9 +5,10 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from functrain.cli.answer import Answer, number
+from functrain.cli.answer import Answer
 from functrain.cli.arrays import PARAMS, leaves_in
-from functrain.cli.held import owners
+from functrain.loop.checkpoint.held import owners
+from functrain.loop.record.words import number
 from functrain.tree.text import aligned, leaves_in_words, listed
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from functrain.cli.answer import Answer
 from functrain.cli.arrays import PARAMS, leaves_in
-from functrain.cli.held import owners
 from functrain.cli.place import absolute
 from functrain.errors import CheckpointError
 from functrain.loop.checkpoint.durable import sync
+from functrain.loop.checkpoint.held import owners
 from functrain.tree.text import bytes_in_words, did_you_mean, leaves_in_words, listed
 
 if TYPE_CHECKING:

@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
                     "functrain show runs/digits")  # fmt: skip
     show.add_argument("run", metavar="RUN", help=run)
     show.add_argument("--all", action="store_true", help="every number of the log as a curve: rates, norms, speed")
+    writes = "writes the report of a run, or one that compares several"
+    report = _command(commands, "report", writes,
+                      "functrain report runs/digits\n  functrain report runs/digits runs/other --out both")  # fmt: skip
+    report.add_argument("runs", metavar="RUN", nargs="+", help=run)
+    report.add_argument("--out", metavar="DIR", help="where to write; by default in the run, of several in comparison")
     lists = "lists checkpoints: when, bytes by part, results, sound or not"
     checkpoints = _command(commands, "checkpoints", lists, "functrain checkpoints runs/digits")
     checkpoints.add_argument("run", metavar="DIR", help=run)

@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,21 +13,30 @@ from functrain.loop.checkpoint import manifest
 from functrain.loop.checkpoint.at_address import AddressFolder
 from functrain.loop.checkpoint.contents import contents_file
 from functrain.loop.checkpoint.folder import Folder, Name
-from functrain.loop.checkpoint.places import folder_of
+from functrain.loop.checkpoint.places import folder_of as checkpoints_at
 from functrain.loop.lines import LOG
-from functrain.loop.remote.address import is_address
+from functrain.loop.record.place import folder_of, log_of
+from functrain.loop.record.reading import read_run
+from functrain.loop.remote.address import Address, is_address
+
+_BY_CUSTOM = "checkpoints"
 
 
 class Place(NamedTuple):
-    """What is in the folder of a run: its checkpoints, and its log if there is one; where that is, for a message."""
+    """The folder of a run, its checkpoints, and its log if there is one; of an address, what was brought of it here."""
 
+    directory: Path
     folder: Folder
     log: Path | None
-    shown_log: str | None
+    address: str | None = None
+
+    def said(self, text: str) -> str:
+        """A text in which what was brought here is called by its address."""
+        return text if self.address is None else text.replace(str(self.directory), self.address)
 
 
 def place_of(run: str) -> Place:
-    """Finds the files of a run, in its folder or with the checkpoints in `checkpoints/` of it.
+    """Finds the files of a run, in its folder or where its record says.
 
     Raises:
       CheckpointError: there is no such folder, or it is a checkpoint or a file.
@@ -37,62 +47,9 @@ def place_of(run: str) -> Place:
     path = absolute(run)
     if not path.exists():
         raise CheckpointError(f"there is no folder {run}: give that of a run, or of its checkpoints")
-    folder, within = Folder(path), Folder(path / "checkpoints")
-    if within.directory.is_dir() and not folder.entries():
-        folder = within
-    log = next((each / LOG for each in (path, folder.directory) if (each / LOG).is_file()), None)
-    return Place(folder, log, None if log is None else str(log))
-
-
-def _at_address(run: str) -> Place:
-    """The files of a run at an address: its log and what its checkpoints say of themselves, without their arrays."""
-    above = folder = address_folder(run)
-    if not folder.mirror.known and not folder.mirror.store.address.prefix.endswith("checkpoints"):
-        within = address_folder(f"{run.rstrip('/')}/checkpoints")
-        folder = within if within.mirror.known else folder
-    for name in folder.mirror.known:
-        folder.mirror.brief(name, folder.directory)
-    having = (each for each in (above, folder) if each.mirror.file(LOG, each.directory / LOG))
-    if (logged := next(having, None)) is None:
-        return Place(folder, None, None)
-    return Place(folder, logged.directory / LOG, f"{logged.where}/{LOG}")
-
-
-def address_folder(address: str) -> AddressFolder:
-    """The checkpoints at an address as they are now; what is brought here is deleted when the command ends.
-
-    Raises:
-      StorageError: the address can't be read.
-    """
-    here = tempfile.mkdtemp(prefix="functrain-")
-    atexit.register(shutil.rmtree, here, ignore_errors=True)
-    folder = folder_of(address, here)
-    assert isinstance(folder, AddressFolder)
-    folder.look()
-    return folder
-
-
-def meant(given: str) -> tuple[Folder, Path | None]:
-    """The folder of checkpoints that is meant, and which of them, None for the newest sound one.
-
-    Raises:
-      CheckpointError: there are none.
-      StorageError: an address that can't be read.
-    """
-    if is_address(given):
-        above, _, name = given.rstrip("/").rpartition("/")
-        if Name.of(name) is not None and name in (folder := address_folder(above)).mirror.known:
-            return folder, folder.directory / name
-        folder = address_folder(given)
-        if not folder.mirror.known:
-            folder = address_folder(f"{given.rstrip('/')}/checkpoints")
-        if not folder.mirror.known:
-            raise CheckpointError(
-                f"there is no checkpoint in {given}: give the address of a run, or of its checkpoints"
-            )
-        return folder, None
-    path = absolute(given)
-    return (Folder(path.parent), path) if is_checkpoint(path) else (checkpoints_of(given), None)
+    recorded = read_run(path, [])
+    folder = folder_of(path, None if recorded is None else recorded.checkpoints)
+    return Place(path, folder, log_of(path, folder))
 
 
 def checkpoints_of(run: str) -> Folder:
@@ -107,6 +64,24 @@ def checkpoints_of(run: str) -> Folder:
     return folder
 
 
+def meant(given: str) -> tuple[Folder, Path | None]:
+    """The folder of checkpoints that is meant, and which of them, None for the newest sound one.
+
+    Raises:
+      CheckpointError: there are none.
+      StorageError: an address that can't be read.
+    """
+    if not is_address(given):
+        path = absolute(given)
+        return (Folder(path.parent), path) if is_checkpoint(path) else (checkpoints_of(given), None)
+    above, _, name = given.rstrip("/").rpartition("/")
+    if Name.of(name) is not None and name in (folder := _checkpoints_at(above)).mirror.known:
+        return folder, folder.directory / name
+    if not (folder := _either(given)).mirror.known:
+        raise CheckpointError(f"there is no checkpoint in {given}: give the address of a run, or of its checkpoints")
+    return folder, None
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is one of a checkpoint rather than of a folder of them."""
     return contents_file(path).exists() or manifest.path_of(path).exists()
@@ -115,3 +90,55 @@ def is_checkpoint(path: Path) -> bool:
 def absolute(path: str) -> Path:
     """A path from the root, without dots, so that it has a name."""
     return Path(os.path.abspath(path))
+
+
+def _at_address(run: str) -> Place:
+    """The files of a run at an address: its record, and what its checkpoints say of themselves; no arrays."""
+    from functrain.loop.record.folder import FILES  # It imports NumPy.
+
+    folder = _either(run)
+    run = run.rstrip("/")
+    directory = folder.directory.parent if folder.where == f"{run}/{_BY_CUSTOM}" else folder.directory
+    for name in folder.mirror.known:
+        folder.mirror.brief(name, folder.directory)
+    store = _checkpoints_at(run, directory).mirror.store
+    for name, stat in store.listed().items():
+        if any(fnmatch(name, pattern) for pattern in (LOG, *FILES)) and ".." not in name.split("/"):
+            store.fetch(name, directory / name, stat.size)
+    if not folder.mirror.known and not [*directory.iterdir()]:
+        raise CheckpointError(f"there is neither a checkpoint nor a log in {run}: give the address of a run")
+    return Place(directory, folder, log_of(directory, folder), run)
+
+
+def _either(run: str) -> AddressFolder:
+    """The checkpoints at an address, or those in `checkpoints/` of it."""
+    here, run = _temporary(run), run.rstrip("/")
+    folder = _checkpoints_at(run, here)
+    if folder.mirror.known or run.endswith(f"/{_BY_CUSTOM}"):
+        return folder
+    within = _checkpoints_at(f"{run}/{_BY_CUSTOM}", here / _BY_CUSTOM)
+    return within if within.mirror.known else folder
+
+
+def _checkpoints_at(address: str, here: Path | None = None) -> AddressFolder:
+    """The checkpoints at an address as they are now.
+
+    Raises:
+      StorageError: the address can't be read.
+    """
+    folder = checkpoints_at(address, here or _temporary(address))
+    assert isinstance(folder, AddressFolder)
+    folder.look()
+    if folder.mirror.known:
+        folder.directory.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _temporary(address: str) -> Path:
+    """A folder called as what lies at an address, which is deleted when the command ends."""
+    name = str(Address.of(address)).rpartition("/")[2]
+    root = tempfile.mkdtemp(prefix="functrain-")
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    here = Path(root) / name
+    here.mkdir()
+    return here

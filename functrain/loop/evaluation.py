@@ -15,10 +15,12 @@ from functrain.errors import EvaluationError
 from functrain.gradients.loss import Loss
 from functrain.loop.batches import put
 from functrain.loop.every import Every
-from functrain.loop.metrics import OnHost
 from functrain.loop.names import named_values
+from functrain.loop.on_host import check_metrics, computed, is_on_host
+from functrain.loop.outcome import Outcome
+from functrain.loop.shares import Shardings, first_of, shared
 from functrain.loop.tensors import arrays_of
-from functrain.tree.arrays import replicated_over, wide
+from functrain.tree.arrays import is_here, replicated_over, wide
 from functrain.tree.paths import PyTree
 from functrain.tree.text import listed
 
@@ -43,8 +45,10 @@ class Evaluation:
       data: batches, in any iterable that can be read again and again.
       every: when `fit` evaluates; by default at the end of each epoch.
       name: what the results come under in `fit`: "valid/loss".
-      metrics: by name, more than means: `ConfusionMatrix`, `TopK`, `OnHost`, or your own `Metric`. The outputs of
-        `eval_step` that they take are not averaged.
+      metrics: by name, more than means: `ConfusionMatrix`, `TopK`, your own `Metric`, or any object with `names` and
+        `function`, such as `OnHost`: its function is called with all examples of these outputs, as NumPy arrays. The
+        outputs of `eval_step` that they take are not averaged. Of a batch's weight above 0 the function is told where
+        it declares `sample_weight`.
       params: "ema" has `fit` evaluate the averages of `make_update(ema=...)` in the place of the last parameters. Give
         it a name of its own beside an evaluation of those.
       sharding: where batches go, as for `fit`; needed where params lie over several processes, each of which reads its
@@ -56,7 +60,7 @@ class Evaluation:
     every: Every = dataclasses.field(default_factory=lambda: Every(epochs=1))
     name: str = "valid"
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    sharding: jax.sharding.Sharding | None = None
+    sharding: Shardings = None
     params: Literal["last", "ema"] = "last"
 
     def __post_init__(self) -> None:
@@ -69,6 +73,7 @@ class Evaluation:
             )
         if not isinstance(self.every, Every):
             raise EvaluationError(f"every={self.every!r}: give an Every, ft.Every(updates={self.every!r})")
+        check_metrics(self.metrics)
 
     def __call__(self, params: PyTree, model_state: Any = None) -> dict[str, Any]:
         """Goes through the data once.
@@ -80,29 +85,59 @@ class Evaluation:
           EvaluationError: a result that is neither a scalar nor has one value for each example, two of one name, no
             data, or params over several processes without `sharding`.
         """
+        return self.outcome(params, model_state).results
+
+    def outcome(self, params: PyTree, model_state: Any = None) -> Outcome:
+        """Goes through the data once, as a call does, and returns more of what it found.
+
+        >>> class Range:
+        ...     names = ("x",)
+        ...     def function(self, x):
+        ...         return {"low": x.min(), "high": x.max()}
+        >>> evaluation = Evaluation(lambda params, x: {"x": x}, [np.arange(3.0)], metrics={"range": Range()})
+        >>> outcome = evaluation.outcome(params=None)
+        >>> outcome.results, outcome.outputs["x"].tolist()
+        ({'range/low': 0.0, 'range/high': 2.0}, [0.0, 1.0, 2.0])
+
+        Returns:
+          The results, what each metric returned, and what the metrics on the host took.
+
+        Raises:
+          EvaluationError: as a call does.
+        """
+        means, accumulated, outputs, weights = self._gathered(params, model_state)
+        by_metric = {
+            name: computed(name, metric, outputs, weights)
+            if name in self._on_host
+            else metric.compute(accumulated[name])
+            for name, metric in self.metrics.items()
+        }
+        named = named_values(means | by_metric)
+        return Outcome({name: _plain(value) for name, value in named}, by_metric, outputs)
+
+    def _gathered(self, params: PyTree, model_state: Any) -> tuple[dict[str, Any], Any, dict[str, Any], np.ndarray]:
+        """The means, what the metrics added up, what those on the host take, and the weights above 0."""
         self._check_place(params)
         sums, size = None, 0
-        on_host: dict[str, list[Any]] = {name: [] for name in self._on_host}
-        for given in self.data:
+        parts: list[dict[str, np.ndarray]] = []
+        weights: list[np.ndarray] = []
+        for given in shared(self.data, self.sharding):
             batch, mask = self._padded(given, size, params, model_state)
             size = size or len(mask)
-            batch, mask = put((batch, mask), self.sharding)
+            batch, mask = self._put(batch, mask)
             if sums is None:
                 sums = self._zeros(params, batch, model_state, mask)
-            sums, gathered = self._step(sums, params, batch, model_state, mask)
-            for name, arrays in gathered.items():
-                on_host[name].append([_fetched(array)[_fetched(mask) > 0] for array in arrays])
+            sums, taken = self._step(sums, params, batch, model_state, mask)
+            if self._on_host:
+                all_weights = _fetched(mask)
+                weights.append(all_weights[all_weights > 0])
+                parts.append({name: _fetched(array)[all_weights > 0] for name, array in taken.items()})
         if sums is None:
             raise EvaluationError(_NO_BATCH)
-        means, accumulated = jax.tree.map(_fetched, sums)
-        results: dict[str, Any] = {name: float(total / weight) for name, (total, weight) in means.items()}
-        for name, metric in self.metrics.items():
-            if name in on_host:
-                columns = zip(*on_host[name], strict=True)
-                results[name] = metric.function(*(np.concatenate(column) for column in columns))
-            else:
-                results[name] = metric.compute(accumulated[name])
-        return {name: _plain(value) for name, value in named_values(results)}
+        totals, accumulated = jax.tree.map(_fetched, sums)
+        means = {name: float(total / weight) for name, (total, weight) in totals.items()}
+        outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        return means, accumulated, outputs, np.concatenate(weights) if weights else np.ones(0)
 
     def names(self, params: PyTree, model_state: Any = None) -> list[str] | None:
         """What the results are called, by tracing one batch of the data; nothing is computed.
@@ -118,23 +153,26 @@ class Evaluation:
             return None
         self._check_place(params)
         nothing = object()
-        if (given := next(iter(self.data), nothing)) is nothing:
+        if (given := next(iter(shared(self.data, self.sharding)), nothing)) is nothing:
             raise EvaluationError(_NO_BATCH)
-        batch, mask = put(self._padded(given, 0, params, model_state), self.sharding)
+        batch, mask = self._put(*self._padded(given, 0, params, model_state))
         _, means = self._shapes.eval_shape(params, batch, model_state, mask)
         self._step.eval_shape((means, jax.eval_shape(self._no_counts)), params, batch, model_state, mask)
         return [*means, *self.metrics]
 
+    def _put(self, batch: Any, mask: Any) -> tuple[Any, Any]:
+        return put(batch, self.sharding), put(mask, first_of(self.sharding))
+
     def _check_place(self, params: PyTree) -> None:
-        if self.sharding is None and not all(_is_here(leaf) for leaf in jax.tree.leaves(params)):
+        if self.sharding is None and not all(is_here(leaf) for leaf in jax.tree.leaves(params)):
             raise EvaluationError(
                 "params lie over several processes, and each would evaluate its own batches alone: say how they make"
                 " one, Evaluation(..., sharding=jax.NamedSharding(mesh, jax.P('data')))"
             )
 
-    @property
-    def _on_host(self) -> dict[str, OnHost]:
-        return {name: metric for name, metric in self.metrics.items() if isinstance(metric, OnHost)}
+    @functools.cached_property
+    def _on_host(self) -> dict[str, Any]:
+        return {name: metric for name, metric in self.metrics.items() if is_on_host(metric)}
 
     @functools.cached_property
     def _step(self) -> Any:
@@ -142,14 +180,15 @@ class Evaluation:
             outputs, new = self._new(params, batch, model_state, mask)
             means, accs = sums
             accs = {name: self.metrics[name].accumulate(acc, outputs, mask) for name, acc in accs.items()}
-            gathered = {name: [outputs[each] for each in metric.names] for name, metric in self._on_host.items()}
+            taken = {each: outputs[each] for metric in self._on_host.values() for each in metric.names}
             for name, each in ((name, each) for name, metric in self._on_host.items() for each in metric.names):
                 if jnp.shape(outputs[each])[:1] != mask.shape:
+                    kind = type(self.metrics[name]).__name__
                     raise EvaluationError(
-                        f"OnHost {name!r} takes {each!r} of shape {jnp.shape(outputs[each])}: return one value, or one"
+                        f"{kind} {name!r} takes {each!r} of shape {jnp.shape(outputs[each])}: return one value, or one"
                         f" array, for each of the {mask.shape[0]} examples"
                     )
-            return (jax.tree.map(jnp.add, means, new), accs), gathered
+            return (jax.tree.map(jnp.add, means, new), accs), taken
 
         return jax.jit(step)
 
@@ -249,14 +288,9 @@ def _length(batch: Any) -> int:
 
 
 def _fetched(array: Any) -> np.ndarray:
-    if _is_here(array) or array.is_fully_replicated:
+    if is_here(array) or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _is_here(leaf: Any) -> bool:
-    """Whether it lies in this process alone."""
-    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
 def _plain(value: Any) -> Any:

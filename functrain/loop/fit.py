@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,16 +17,19 @@ from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.compiling import keep_programs
 from functrain.loop.evaluation import Evaluation
+from functrain.loop.evaluations import prepared
 from functrain.loop.every import Every
-from functrain.loop.given import check_given, check_results
+from functrain.loop.given import check_given, check_of_all, check_results
 from functrain.loop.hooks import EarlyStopping, Hook, Hooks
 from functrain.loop.lines import LOG
 from functrain.loop.logs import JsonLines, Logger
 from functrain.loop.progress import Shown, nothing_to_do, progress_shown, went_on
 from functrain.loop.reader import Reader
+from functrain.loop.record.record import Record
 from functrain.loop.rows import Rows
 from functrain.loop.run import Run
 from functrain.loop.saving import Rates, Saver
+from functrain.loop.shares import Shardings, shared
 from functrain.loop.signals import StopSignals
 from functrain.loop.training import Plan, is_through, train
 from functrain.update.consumed import check_not_deleted
@@ -45,6 +49,7 @@ class Result:
       results: the newest results of each evaluation, by name: "valid/loss".
       stopped: why it ended before its end, None if it did not.
       epochs: finished epochs.
+      final: of a run with a record, the numbers of its final evaluation: {"last": {"test/loss": ...}, ...}.
     """
 
     state: TrainState
@@ -53,6 +58,7 @@ class Result:
     results: dict[str, Any]
     stopped: str | None
     epochs: int
+    final: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def fit(
@@ -64,6 +70,7 @@ def fit(
     steps: int | None = None,
     evaluation: Evaluation | Sequence[Evaluation] = (),
     checkpoints: Checkpoints | None = None,
+    record: Record | None = None,
     loggers: Sequence[Logger] = (),
     log: Every | None = None,
     log_last: bool = False,
@@ -72,7 +79,7 @@ def fit(
     hooks: Sequence[Hook] = (),
     unroll: int = 1,
     prefetch: int = 0,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: Shardings = None,
     load_best_on_end: bool | str = False,
     regroup: bool = False,
     fresh: bool = False,
@@ -104,6 +111,7 @@ def fit(
       steps: optimizer steps after which to end; one of the two, or the first that is reached.
       evaluation: one, or several with different names.
       checkpoints: where to save, how often, and what to keep. A log in JSON lines is kept beside them.
+      record: what is kept of the run for people, the log among it: how it went, its source, results and a report.
       loggers: more places for the numbers.
       log: how often to log, by default every 100 updates; the last step of every epoch is logged too. What is logged
         of the updates are weighted means since the last row, summed on the device, which is not read in between.
@@ -116,7 +124,9 @@ def fit(
       prefetch: batches that a thread reads, and sends to the device, while the one before is computed; for data that
         is slow beside updates that something waits for, such as a log of each. The data must not depend on the run, and
         give each batch memory of its own; what is read in advance when a run ends is lost to an iterator without state.
-      sharding: where batches go, those of evaluations too; by default as `jax.jit` has it.
+      sharding: where batches go, those of evaluations too; by default as `jax.jit` has it. One for all arrays of a
+        batch, of which those of fewer axes take the beginning, or a dict of them by name. Of several processes each
+        reads the rows that its devices hold; data that is not `from_arrays`' or `from_tfds`' gives these rows itself.
       load_best_on_end: return the state of the best checkpoint, by its `keep_best`; of several, the name of one.
       regroup: take a checkpoint of other parts or optimizers, and print what became of their state; see
         `Checkpoints.restore`.
@@ -143,8 +153,12 @@ def fit(
       UpdateError: an update has consumed the state, and there is no checkpoint to go on from.
       SystemExit: 143 or 130 after SIGTERM or SIGINT: the update was finished and saved, data was not waited for.
     """
-    check_given(locals())
-    watching = [*([stop] if stop else []), *hooks]
+    # Not locals(), by which the frame would keep the state as long as the run lasts.
+    check_given({
+        "update": update, "state": state, "data": data, "log": log, "checkpoints": checkpoints, "record": record,
+        "stop": stop, "evaluation": evaluation, "hooks": hooks, "loggers": loggers, "rates": rates,
+    })  # fmt: skip
+    watching = [*([stop] if stop else []), *hooks, *([record] if record else [])]
     log, all_hooks = log or Every(updates=100), Hooks(watching)
     plan = Plan(
         epochs=epochs,
@@ -152,22 +166,17 @@ def fit(
         unroll=unroll,
         sharding=sharding,
         log=log,
-        rows=_rows(loggers, checkpoints, log_last=log_last),
+        rows=_rows(loggers, checkpoints, record, log_last=log_last),
         hooks=all_hooks,
-        evaluations=_evaluations(evaluation, update, sharding),
+        evaluations=prepared(evaluation, update, sharding),
         saver=Saver(checkpoints, all_hooks, rates) if checkpoints else None,
         load_best_on_end=load_best_on_end,
+        record=record,
     )
     check_results(plan.evaluations, watching, plan.kept_best, as_it_was(state))
     run = _run(update, state, data, plan, prefetch, compilation_cache)
-    with StopSignals() as signals, contextlib.ExitStack() as stack:
-        restored = _begin(run, plan, stack, regroup=regroup, fresh=fresh)
-        shown = stack.enter_context(progress_shown(run, epochs=epochs, steps=steps, data=data, wanted=progress))
-        _go_through(run, plan, signals, shown, restored, regroup=regroup, autopsy=autopsy)
-        if signals.received is not None:
-            raise SystemExit(signals.exit_code)
-        _take_best(run, plan, regroup=regroup)
-    return _result(run)
+    del state  # A run that goes on has another one, and memory for no more than that.
+    return _ended(run, plan, progress=progress, regroup=regroup, fresh=fresh, autopsy=autopsy)
 
 
 def _run(
@@ -178,33 +187,64 @@ def _run(
     # What is read in advance goes to the device at once, but for a scan, which stacks it first.
     place = functools.partial(put_ahead, sharding=plan.sharding) if plan.unroll == 1 else None
     state = as_it_was(state)  # Where there is a checkpoint, the run goes on from that.
-    return Run(update, state, Reader(data, prefetch, place), plan.rows.add)
+    check_of_all(state)
+    if plan.record:
+        plan.record.prepare(update, state, plan.sharding)
+    run = Run(update, state, Reader(shared(data, plan.sharding), prefetch, place), plan.rows.add)
+    run.checkpoints = plan.saver.checkpoints if plan.saver else None
+    return run
+
+
+def _ended(run: Run, plan: Plan, *, progress: bool | None, regroup: bool, fresh: bool, autopsy: bool) -> Result:
+    """Has a run go on to its end; returns what it leaves."""
+    with StopSignals() as signals, contextlib.ExitStack() as stack:
+        restored = _begin(run, plan, stack, regroup=regroup, fresh=fresh)
+        shown = progress_shown(run, epochs=plan.epochs, steps=plan.steps, data=run.reader.data, wanted=progress)
+        _go_through(run, plan, signals, stack.enter_context(shown), restored, regroup=regroup, autopsy=autopsy)
+        _take_best(run, plan, regroup=regroup)
+    return _result(run, plan.record)
 
 
 def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, fresh: bool) -> Restored | None:
     """Has a run go on where it stood, or begin, None; what is opened for it, the stack closes."""
+    if plan.record:
+        stack.callback(plan.record.close)
     stack.callback(plan.rows.close)
     if plan.saver:
+        stack.callback(lambda saver: plan.rows.settle(saver.settled()), plan.saver)  # When the last save has ended.
         plan.saver.checkpoints.open()
         stack.push(plan.saver.checkpoints.__exit__)
-    if fresh:
-        _start_anew(plan.saver.checkpoints if plan.saver else None)
+    aside = _start_anew(plan) if fresh else None
     restored = plan.saver.restore(run, regroup=regroup) if plan.saver else None
     if restored is None:
         check_not_deleted(jax.tree.leaves(run.state))
     _tell_regrouped(restored)
+    run.went_on_from = None if restored is None else restored.path
+    if plan.record:
+        plan.record.open(run.step, goes_on=restored is not None or (run.step > 0 and not fresh), aside=aside)
+        plan.rows.start(plan.record.config)
+        if plan.saver and plan.record.sent is not None:
+            plan.saver.checkpoints.send_first(plan.record.sent)  # A row is there before what a run goes on from.
     plan.rows.resume(run, is_restored=restored is not None)
+    if plan.saver:
+        plan.rows.settle(plan.saver.settled())
     return restored
 
 
-def _start_anew(checkpoints: Checkpoints | None) -> None:
-    """Moves what an earlier run left out of the way."""
-    if checkpoints is None:
-        raise FitError("fresh=True starts anew where there are checkpoints: give checkpoints=, or leave it out")
-    if (aside := checkpoints.start_anew()) is not None and jax.process_index() == 0:
+def _start_anew(plan: Plan) -> Path | None:
+    """Moves what an earlier run left out of the way; returns where, if its record was among it."""
+    if plan.saver is None:
+        if plan.record is None:
+            raise FitError("fresh=True starts anew where there are checkpoints: give checkpoints=, or leave it out")
+        return None
+    checkpoints = plan.saver.checkpoints
+    if (aside := checkpoints.start_anew()) is None:
+        return None
+    if jax.process_index() == 0:
         if (log := checkpoints.directory / LOG).exists():
             log.rename(aside / LOG)
         print(f"a new run begins; what was in {checkpoints.directory} is kept in {aside}")
+    return aside if plan.record is not None and plan.record.directory == checkpoints.directory else None
 
 
 def _go_through(
@@ -219,6 +259,7 @@ def _go_through(
 ) -> None:
     """Trains, saves, and tells the hooks how it begins and ends; the error of a NaN says what there is to say."""
     error: BaseException | None = None
+    run.was_through = is_through(run, plan)
     try:
         plan.hooks.tell("run_started", run)
         try:
@@ -232,8 +273,12 @@ def _go_through(
         raise
     finally:
         plan.hooks.tell("run_ended", run, error)
+        for path in plan.record.files if plan.record else []:
+            plan.rows.artifact(path)
     if plan.saver:
         plan.saver.checkpoints.wait()
+    if signals.received is not None:
+        raise SystemExit(signals.exit_code)
 
 
 def _train(run: Run, plan: Plan, signals: StopSignals, shown: Shown, restored: Restored | None) -> None:
@@ -258,9 +303,10 @@ def _take_best(run: Run, plan: Plan, *, regroup: bool) -> None:
         run.state = restored.state
 
 
-def _result(run: Run) -> Result:
+def _result(run: Run, record: Record | None) -> Result:
     ema = run.update.ema(run.state) if run.update.options.averages else None
-    return Result(run.state, ema, run.history, run.results, run.stopped, run.epoch)
+    final = record.results if record else {}
+    return Result(run.state, ema, run.history, run.results, run.stopped, run.epoch, final)
 
 
 def _tell_regrouped(restored: Restored | None) -> None:
@@ -268,24 +314,9 @@ def _tell_regrouped(restored: Restored | None) -> None:
         print(restored.report)
 
 
-def _rows(loggers: Sequence[Logger], checkpoints: Checkpoints | None, *, log_last: bool) -> Rows:
-    """Where numbers go: the first process writes them, to a log beside the checkpoints too; all find them there."""
-    path = checkpoints.directory / LOG if checkpoints else None
+def _rows(loggers: Sequence[Logger], checkpoints: Checkpoints | None, record: Record | None, *, log_last: bool) -> Rows:
+    """Where numbers go: the first process writes them, to the log of the run too; all find them there."""
+    path = record.log_file if record else checkpoints.directory / LOG if checkpoints else None
     # It says what a run that goes on has logged: last, so that no other logger lacks what it has.
     of_first = [*loggers, *([] if path is None else [JsonLines(path)])]
     return Rows([] if jax.process_index() else of_first, path, log_last=log_last)
-
-
-def _evaluations(
-    evaluation: Evaluation | Sequence[Evaluation], update: Update, sharding: jax.sharding.Sharding | None
-) -> list[Evaluation]:
-    """The evaluations, of whole params; their batches go where those of training go unless they say otherwise."""
-    evaluations = [evaluation] if isinstance(evaluation, Evaluation) else list(evaluation)
-    if any(each.params == "ema" for each in evaluations) and update.options.averages is None:
-        raise FitError('Evaluation(..., params="ema") needs averages: make_update(..., ema={"body": 0.999})')
-    if sharding:
-        evaluations = [dataclasses.replace(each, sharding=each.sharding or sharding) for each in evaluations]
-    if update.options.whole.partition.rest:
-        put_back = update.options.whole.given_to
-        evaluations = [dataclasses.replace(each, eval_step=put_back(each.eval_step)) for each in evaluations]
-    return evaluations

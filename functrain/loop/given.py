@@ -12,7 +12,9 @@ from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
 from functrain.loop.hooks import EarlyStopping, Hook, OnResult
+from functrain.loop.record.record import Record
 from functrain.loop.saving import Rates
+from functrain.tree.arrays import is_here
 from functrain.tree.text import listed
 from functrain.update.state import TrainState
 from functrain.update.update import Update
@@ -31,6 +33,8 @@ def check_given(options: Mapping[str, Any]) -> None:
         _is(options["log"], Every, "log=", f"ft.Every(updates={_number(options['log'])})")
     if options["checkpoints"] is not None:
         _is(options["checkpoints"], Checkpoints, "checkpoints=", f"ft.Checkpoints({str(options['checkpoints'])!r})")
+    if options["record"] is not None:
+        _is(options["record"], Record, "record=", f"ft.Record({str(options['record'])!r})")
     if options["stop"] is not None:
         _is(options["stop"], EarlyStopping, "stop=", "ft.EarlyStopping('valid/loss', patience=3)")
     evaluations = options["evaluation"]
@@ -69,6 +73,19 @@ def check_results(
         # A metric may compute numbers by name, and data that is read only once was not looked at.
         if not any(f"{result}/".startswith(f"{name}/") for name in known):
             raise FitError(f"{what}: the results are {sorted(known)}; name one of them")
+
+
+def check_of_all(state: TrainState) -> None:
+    """Raises for a state of this process alone in a run of several: each would train its own.
+
+    Raises:
+      FitError: says so, and how to place it.
+    """
+    if jax.process_count() > 1 and all(map(is_here, jax.tree.leaves(state.params))):
+        raise FitError(
+            f"the params lie in this process alone, and each of the {jax.process_count()} would train its own: place"
+            " them over all, params = jax.device_put(params, jax.NamedSharding(mesh, jax.P())), before update.init"
+        )
 
 
 def _is(given: Any, kind: type, name: str, example: str) -> None:

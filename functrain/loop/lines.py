@@ -23,9 +23,7 @@ class Lines(NamedTuple):
 
     def told(self, path: object) -> str:
         """What is damaged, for a warning."""
-        number, line = next(iter(self.damaged.items()))
-        count = f"{len(self.damaged)} damaged {'line is' if len(self.damaged) == 1 else 'lines are'}"
-        return f"{path}: {count} left out, the first is line {number}, {_shown(line)}"
+        return told_of_damage(path, len(self.damaged), *next(iter(self.damaged.items())))
 
 
 def lines_of(path: Path, written: bytes) -> Lines:
@@ -35,16 +33,13 @@ def lines_of(path: Path, written: bytes) -> Lines:
       LogError: there are lines, and none is a row.
     """
     *whole, last = written.split(b"\n")
-    is_torn = _row(last) is None and (last.startswith(_BEGIN) or _BEGIN.startswith(last))
-    found = {number: (line, _row(line)) for number, line in enumerate(whole if is_torn else [*whole, last], start=1)}
+    torn = is_torn(last)
+    found = {number: (line, row_of(line)) for number, line in enumerate(whole if torn else [*whole, last], start=1)}
     rows = [(line, row) for line, row in found.values() if row is not None]
     damaged = {number: line for number, (line, row) in found.items() if row is None}
     if damaged and not rows:
-        number, line = next(iter(damaged.items()))
-        raise LogError(
-            f"{path} is no log: line {number} is no row, {_shown(line)}; delete it, or give the logger another file"
-        )
-    return Lines(rows, damaged, last if is_torn else b"")
+        raise LogError(told_of_no_log(path, *next(iter(damaged.items()))))
+    return Lines(rows, damaged, last if torn else b"")
 
 
 def numbers_of(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,11 +52,28 @@ def title(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["step"], row.get("epoch"), *sorted(row.keys() - {"time"})
 
 
+def told_of_damage(path: object, count: int, number: int, line: bytes) -> str:
+    """How many lines are damaged, and the first of them."""
+    lines = f"{count} damaged {'line is' if count == 1 else 'lines are'}"
+    return f"{path}: {lines} left out, the first is line {number}, {_shown(line)}"
+
+
+def told_of_no_log(path: object, number: int, line: bytes) -> str:
+    """That a file has lines, of which none is a row."""
+    return f"{path} is no log: line {number} is no row, {_shown(line)}; delete it, or give the logger another file"
+
+
+def is_torn(last: bytes) -> bool:
+    """Whether what is behind the last line break is what a killed process left of a row."""
+    return row_of(last) is None and (last.startswith(_BEGIN) or _BEGIN.startswith(last))
+
+
 def _shown(line: bytes) -> str:
     return repr(line[:60].decode(errors="replace"))
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """The row that a line is; None where it is none."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

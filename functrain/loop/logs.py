@@ -29,8 +29,14 @@ class Logger(Protocol):
     """Takes the numbers of a run; `JsonLines` and `TensorBoard` are two, and yours may be any object like this.
 
     It may also have `flush()`, which returns when all rows are on disk: it is called before each checkpoint is saved,
-    as a run that goes on from there does not write the rows before it again. What fails with any error but `LogError`
-    is warned of, and called again with the same arguments before the next row.
+    as a run that goes on from there does not write the rows before it again. Of a run with a record, `start(config)`
+    takes the configuration, a mapping that may hold others, each time that it is started, and `artifact(path)` a file,
+    each time that it is written. What fails with any error but `LogError` is warned of, and called again with the same
+    arguments before the next row; a file, with the next one.
+
+    One that can take nothing back, as `MLflow`, may have `settle(step)`: rows up to it stand for good, as a checkpoint
+    of that step is whole (-1: none does yet; never called where there are no checkpoints); and `restore(rows)`, which
+    is given the rows of the log, each with "step" and "time", when a run goes on.
     """
 
     def log(self, step: int, row: Mapping[str, float]) -> None:

@@ -9,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import EvaluationError
+from functrain.loop.packages.drawing import blank, draw_confusion
 
 
 class Metric(Protocol):
-    """What is more than a mean: gathered batch by batch, computed at the end. `names` are the outputs that it takes."""
+    """What is more than a mean: gathered batch by batch, computed at the end. `names` are the outputs that it takes.
+
+    It may have `figure(result)`, which draws what it computed, as a `matplotlib.figure.Figure`.
+    """
 
     names: tuple[str, ...]
 
@@ -28,7 +32,7 @@ class Metric(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ConfusionMatrix:
-    """Counts of examples by label (rows) and prediction (columns), int (classes, classes).
+    """Counts of examples by label (rows) and prediction (columns), int (classes, classes), whatever they weigh above 0.
 
     >>> metric = ConfusionMatrix(classes=2)
     >>> outputs = {"label": jnp.array([0, 1, 1]), "prediction": jnp.array([0, 1, 0])}
@@ -56,7 +60,7 @@ class ConfusionMatrix:
 
     def accumulate(self, acc: Any, outputs: Mapping[str, Any], mask: Any) -> Any:
         """Counts a batch."""
-        label, prediction = outputs[self.label], outputs[self.prediction]
+        label, prediction = (_numbered(outputs[name]) for name in self.names)
         is_in = (jnp.minimum(label, prediction) >= 0) & (jnp.maximum(label, prediction) < self.classes)
         ones = (is_in & (mask > 0)).astype(jnp.int32)
         counts = acc[0].at[label, prediction].add(ones, out_sharding=jax.typeof(acc[0]).sharding)
@@ -74,6 +78,21 @@ class ConfusionMatrix:
                 f" 0 to {self.classes - 1}; give them the weight 0, or a class of their own"
             )
         return np.asarray(acc[0])
+
+    def figure(self, result: np.ndarray) -> Any:
+        """The counts, coloured by their share of the label, as a `matplotlib.figure.Figure`.
+
+        Raises:
+          EvaluationError: matplotlib is not installed.
+        """
+        made, axes = blank(1, 1, 6, 6)
+        draw_confusion(axes, result, [str(nth) for nth in range(self.classes)])
+        return made
+
+
+def _numbered(classes: Any) -> Any:
+    """Classes as numbers; what is true is 1."""
+    return classes.astype(jnp.int32) if classes.dtype == jnp.bool_ else classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +153,12 @@ class TopK:
 class OnHost:
     """A function of all examples at once, such as scikit-learn's: `OnHost(roc_auc_score, "label", "score")`.
 
-    Its outputs are fetched batch by batch, and padding is left out.
+    Its outputs are fetched batch by batch, and padding is left out. Any object with `names` and `function` is such a
+    metric; one that has `figure(result)` too draws what the function returned.
 
     Attributes:
-      function: called with one NumPy array for each name, (examples, ...).
+      function: called with one NumPy array for each name, (examples, ...). Where batches have weights other than 0 and
+        1 it is given them as `sample_weight`, which it must declare, as scikit-learn's functions do.
       names: the outputs that it takes.
     """
 

@@ -26,6 +26,7 @@ class Rows:
         self._path, self._log_last = path, log_last
         self._loggers = [Unfailing(logger) for logger in loggers]
         self._since = Moment()
+        self._settled: int | None = None
         self._written: collections.Counter[tuple[Any, ...]] = collections.Counter()
 
     def resume(self, run: Run, *, is_restored: bool) -> None:
@@ -35,6 +36,8 @@ class Rows:
         self._since = run.now
         if self._path is not None and is_restored:
             rows = [row for row in _read(self._path) if row["step"] <= run.step]
+            for logger in self._loggers:
+                logger.restore(rows)
             run.history = [{name: value for name, value in row.items() if name != "time"} for row in rows]
             # An epoch's end is no step: of its last step, the log may have what came after the checkpoint.
             here = [row for row in run.history if row["step"] == run.step]
@@ -67,6 +70,23 @@ class Rows:
             if optim.owners[part] in joined
             for name, value in named[part].items()
         }
+
+    def settle(self, step: int) -> None:
+        """Tells the loggers that rows up to a step stand for good: the run goes on from no earlier one."""
+        if step != self._settled:
+            self._settled = step
+            for logger in self._loggers:
+                logger.settle(step)
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Gives the configuration of the run to the loggers that take one."""
+        for logger in self._loggers:
+            logger.start(config)
+
+    def artifact(self, path: Path) -> None:
+        """Gives a file of the run's record, as it is now, to the loggers that take files."""
+        for logger in self._loggers:
+            logger.artifact(path)
 
     def flush(self) -> None:
         """Returns when what was written is on disk."""

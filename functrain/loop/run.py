@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.every import Moment
 from functrain.loop.finite import LastSound, Watch, is_loss, losses_of
 from functrain.loop.means import Means
@@ -34,6 +36,11 @@ class Run:
       stopped: why the run ended before its end; None while it goes on.
       compiled: the kinds of calls whose programs were compiled: "batch", "scan".
       done_until: the moment up to which all that was due is done.
+      batch: the shapes and dtypes of a batch; None before the first.
+      checkpoints: where it is saved; None if nowhere.
+      went_on_from: the checkpoint that it goes on from; None for a new run.
+      was_through: nothing was left to do when it was started.
+      is_interrupted: it was stopped to be gone on with, by a signal.
     """
 
     def __init__(
@@ -49,6 +56,10 @@ class Run:
         self.rows = 0
         self.stopped: str | None = None
         self.compiled: set[str] = set()
+        self.batch: Any = None
+        self.checkpoints: Checkpoints | None = None
+        self.went_on_from: Path | None = None
+        self.was_through = self.is_interrupted = False
         self.means = Means([phase.name for phase in update.schedule.phases])
         self._began = time.monotonic()
         self.done_until = self.now

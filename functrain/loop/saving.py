@@ -40,9 +40,16 @@ class Saver:
         self._hooks = hooks
         self._wins = rates
         self._saved: tuple[int, ...] | None = None
+        self._step = self._stands = -1
         # What the program says, and what it said when the constants that the run has were taken from it.
         self._given: Constants = {}
         self._taken: Constants = {}
+
+    def settled(self) -> int:
+        """The step before which the run never goes back, that of the newest whole checkpoint; -1 without one."""
+        if self.checkpoints.is_saved:
+            self._stands = self._step
+        return self._stands
 
     def save(self, run: Run) -> None:
         """Starts to save, unless this moment is saved already.
@@ -67,12 +74,15 @@ class Saver:
             "rows": run.rows,
             "data": described(run.reader.data),
         }
+        with contextlib.suppress(SaveError):
+            self.checkpoints.wait()  # As the save does; then `settled` knows of the one before.
+        self.settled()
         try:
             self.checkpoints.save(run.state, data=run.reader.position, metrics=scalars(run.evaluated), extra=extra)
         except SaveError as error:
             warn(str(error))
             return
-        self._saved = _counters(run)
+        self._saved, self._step = _counters(run), run.step
         self._hooks.tell("checkpoint_saved", run)
 
     def restore(self, run: Run, *, regroup: bool) -> Restored | None:
@@ -100,7 +110,7 @@ class Saver:
         )
         run.reader.resume(restored.data, extra["read"])
         self._hooks.load(extra["hooks"])
-        self._saved = _counters(run)
+        self._saved, self._step = _counters(run), run.step
         return restored
 
     def read(self, run: Run, *, regroup: bool) -> Restored | None:

@@ -10,11 +10,14 @@ from functrain.errors import FitError
 from functrain.loop.batches import put, put_stacked
 from functrain.loop.compiling import compile_for, most_steps
 from functrain.loop.evaluation import Evaluation
+from functrain.loop.evaluations import params_for
 from functrain.loop.every import Every
 from functrain.loop.hooks import Hooks
+from functrain.loop.record.record import Record
 from functrain.loop.rows import Rows
 from functrain.loop.run import Run
 from functrain.loop.saving import Saver, scalars
+from functrain.loop.shares import Shardings
 from functrain.loop.signals import StopSignals
 from functrain.update.phases import Turn
 from functrain.update.stages import joins_within
@@ -31,13 +34,14 @@ class Plan:
     epochs: int | None
     steps: int | None
     unroll: int
-    sharding: jax.sharding.Sharding | None
+    sharding: Shardings
     log: Every
     rows: Rows
     hooks: Hooks
     evaluations: Sequence[Evaluation]
     saver: Saver | None
     load_best_on_end: bool | str
+    record: Record | None
 
     @property
     def kept_best(self) -> Sequence[str]:
@@ -106,6 +110,8 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
         if saver and (saves or (evaluations and saver.checkpoints.is_best(run.evaluated))):
             plan.rows.flush()
             saver.save(run)
+        if saver and logs:
+            plan.rows.settle(saver.settled())
         show()
     run.check(last_sound)
     if saver:
@@ -143,6 +149,7 @@ def _advances(run: Run, plan: Plan, signals: StopSignals) -> Iterator[None]:
 def _is_over(run: Run, plan: Plan, signals: StopSignals) -> bool:
     if signals.should_stop(int(run.state.batches)) and run.stopped is None and signals.received is not None:
         run.stop(f"it was sent {signals.received.name}")
+        run.is_interrupted = True
     return run.stopped is not None or (plan.steps is not None and run.step >= plan.steps)
 
 
@@ -206,10 +213,7 @@ def _will_be_shown(run: Run, plan: Plan, turn: Turn) -> bool:
 def _evaluate(run: Run, plan: Plan, due: Sequence[Evaluation]) -> None:
     """Evaluates, logs, and asks the hooks."""
     for evaluation in due:
-        params = run.state.params
-        if evaluation.params == "ema":
-            params = run.update.options.whole.arrays(run.update.ema(run.state))
-        found = evaluation(params, run.state.model_state)
+        found = evaluation(params_for(evaluation, run.update, run.state), run.state.model_state)
         run.evaluated |= {f"{evaluation.name}/{name}": value for name, value in found.items()}
     run.watch.tell_results(run.step, run.evaluated)
     run.results |= run.evaluated

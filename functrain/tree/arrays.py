@@ -33,6 +33,11 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, int | float | complex) or (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
 
 
+def is_here(leaf: Any) -> bool:
+    """Whether it lies in this process alone."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+
 def wide(leaf: Any) -> jax.Array:
     """The leaf in float32, or as it is where its dtype is wider."""
     return jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), jnp.float32))

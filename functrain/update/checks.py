@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from functrain.errors import UpdateError
 from functrain.gradients.loss import required_context
-from functrain.tree.arrays import as_array, common_length, leading_lengths
+from functrain.tree.arrays import as_array, common_length, is_here, leading_lengths
 from functrain.tree.paths import flatten, structure_difference
 from functrain.tree.scalars import wrong_scalar
 from functrain.tree.text import did_you_mean, listed
@@ -36,6 +36,21 @@ def check_state(state: TrainState) -> None:
         )
     if isinstance(state.step, jax.core.Tracer):
         raise UpdateError("update() was called under a trace: use update.pure in a jit, scan or vmap of your own")
+
+
+def check_batch_of_all(batch: Any) -> None:
+    """Raises for a batch of this process alone, where the parameters are those of several.
+
+    JAX takes it for the same in all of them: each would go on with other parameters under one name.
+    """
+    own = [path for path, leaf in flatten(batch).items() if jnp.ndim(leaf) > 0 and is_here(leaf)]
+    if own:
+        what = f"{listed(own)} of the batch" if any(own) else "the batch"
+        raise UpdateError(
+            f"{what} lies in this process alone, and the parameters lie over {jax.process_count()}: make one batch of"
+            " the slices of all, jax.make_array_from_process_local_data(sharding, slice), with sharding ="
+            " jax.NamedSharding(mesh, jax.P('data')), or write fit(..., sharding=sharding)"
+        )
 
 
 def check_position(state: TrainState, accumulate: int) -> None:

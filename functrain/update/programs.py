@@ -13,8 +13,10 @@ import numpy as np
 
 from functrain.errors import LossError, PhaseError
 from functrain.gradients.loss import Loss, name_of
+from functrain.tree.arrays import is_here
 from functrain.tree.paths import flatten
 from functrain.tree.text import listed
+from functrain.update.checks import check_batch_of_all
 from functrain.update.consumed import check_not_deleted
 from functrain.update.metrics import Metrics
 from functrain.update.options import Settings
@@ -57,10 +59,15 @@ class Program:
     phases where they are, and every update what is frozen. XLA deletes what is consumed and writes the new in its
     place. Optimizer state and averages that it does not change are no arguments of it, as nothing of them is looked at;
     a frozen part has none at all.
+
+    Attributes:
+      form: of the states.
+      is_of_several: whether the parameters lie over several processes.
     """
 
     def __init__(self, steps: Sequence[Step], call: Call, form: Form, see: Callable[[Any], None]):
         self.form = form
+        self.is_of_several = False
         self._see = see
         self._consumes = _changed(steps, call, form)
         self._reads = _read(self._consumes, form)
@@ -189,6 +196,7 @@ class Programs:
             program = Program(self._stages[call.stage], call, form, functools.partial(self._batches.see, (call, form)))
             self._check_precision(program, call, (state, batch, settings))
             self._check_unmoved(program, call, (state, batch, settings))
+            program.is_of_several = jax.process_count() > 1 and not all(map(is_here, jax.tree.leaves(state.params)))
             self.kept[call, form] = program
         return program
 
@@ -207,8 +215,15 @@ class Programs:
     def run(
         self, call: Call, state: TrainState, batch: Any, settings: Settings | None, *, batches: int, steps: int
     ) -> tuple[TrainState, Metrics, Any]:
-        """Makes a call, which takes in a number of batches and makes a number of steps; also returns the weights."""
-        return self.program(call, state, batch, settings)(
+        """Makes a call, which takes in a number of batches and makes a number of steps; also returns the weights.
+
+        Raises:
+          UpdateError: of several processes each gives a batch of its own.
+        """
+        program = self.program(call, state, batch, settings)
+        if program.is_of_several:
+            check_batch_of_all(batch)
+        return program(
             state,
             batch,
             settings,

@@ -13,7 +13,7 @@ import functrain as ft
 from functrain.cli.main import main
 
 ROOT = Path(ft.__file__).parent.parent
-COMMANDS = ("show", "checkpoints", "verify", "diff", "export")
+COMMANDS = ("show", "report", "checkpoints", "verify", "diff", "export")
 
 
 def started(*arguments, **options):
@@ -21,11 +21,11 @@ def started(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
-@pytest.mark.parametrize("command", [each for each in COMMANDS if each not in ("diff", "export")])
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each not in ("report", "diff", "export")])
 def test_no_jax_is_imported_where_no_arrays_are_read(made, command):
     program = (
         "import sys; from functrain.cli.main import main; main(sys.argv[1:]);"
-        " print([name for name in ('jax', 'numpy', 'orbax') if name in sys.modules])"
+        " print([name for name in ('jax', 'numpy', 'orbax', 'matplotlib') if name in sys.modules])"
     )
     ended = started("-c", program, command, made / "digits")
     assert ended.stderr == ""

@@ -5,10 +5,12 @@ import math
 import shutil
 
 import pytest
+from loop.record.written import RUN, write
 
-from functrain.cli.curves import Curve, sparkline
+from functrain.cli.curves import sparkline
 from functrain.loop.checkpoint.contents import FORMAT, contents_file
 from functrain.loop.logs import JsonLines
+from functrain.loop.record.curves import Curve
 
 
 def rows_of(run):
@@ -122,6 +124,54 @@ def test_neither_a_checkpoint_nor_a_log_is_trouble(tmp_path, told):
         "",
         f"functrain show: there is neither a checkpoint nor a log in {tmp_path}: give the folder of a run\n",
     )
+
+
+def test_what_a_record_says_is_shown_with_the_final_numbers_of_best_and_last(tmp_path, told, data):
+    code, out, err = told("show", write(tmp_path))
+    assert (code, err) == (0, "")
+    assert line_of(out, "name") == "digits"
+    assert line_of(out, "ended") == "finished, at step 16, 2025-11-22 00:08:20 UTC, after 12.2 s of training"
+    assert line_of(out, "from step 8").endswith(
+        "started again 2025-11-22 00:10:00 UTC; config/rates/body 0.01 -> 0.001; config/new - -> 1"
+    )
+    assert line_of(out, "warnings") == "4"
+    assert line_of(out, "part head") == "adam(b1=0.8), 4 leaves, 4.8 KiB"
+    assert line_of(out, "final").split("  ")[0] == "best valid/accuracy, step 12"
+    assert line_of(out, "test/accuracy").split() == ["0.975", "0.9625"]
+    assert line_of(out, "test/loss").split() == ["nan", "0.125"]
+    shown = data("show", tmp_path)
+    assert (shown["record"]["name"], shown["record"]["config"]) == ("digits", RUN["config"])
+    assert [section["how"] for section in shown["record"]["sections"]] == ["stopped", "finished"]
+    assert shown["final"][0]["numbers"] == {"test/accuracy": 0.975, "test/loss": "NaN"}
+    assert shown["results"]["valid/accuracy"]["best_step"] == 16
+
+
+def test_checkpoints_are_found_where_a_record_says(run, told, data):
+    record = write(run.parent / "record", RUN | {"checkpoints": {"directory": "../digits", "keep_best": {}}})
+    assert data("show", record)["checkpoints"] == ["12", "16"]
+    assert told("verify", record)[:2] == (0, "all sound: 12, 16\n")
+
+
+def test_a_record_of_checkpoints_at_an_address_misses_none(tmp_path, told):
+    at = {"directory": "s3://bucket/digits", "keep_best": {}}
+    assert "!" not in told("show", write(tmp_path, RUN | {"checkpoints": at}))[1]
+
+
+@pytest.mark.parametrize("written", ["{", "[]", '{"format": 2, "name": 7}'])
+def test_a_record_that_is_torn_foreign_or_newer_is_told_and_the_rest_is_shown(tmp_path, told, written):
+    (write(tmp_path) / "run.json").write_text(written)
+    code, out, _ = told("show", tmp_path)
+    assert code == 0
+    assert "! run.json" in out
+    assert line_of(out, "progress").startswith("step 16, epoch 4")
+    assert line_of(out, "test/accuracy").split() == ["0.975", "0.9625"]
+
+
+def test_a_record_alone_is_shown(tmp_path, told):
+    (write(tmp_path) / "log.jsonl").unlink()
+    code, out, _ = told("show", tmp_path)
+    assert code == 0
+    assert line_of(out, "ended").startswith("finished, at step 16")
 
 
 def test_what_a_log_calls_its_numbers_does_nothing_to_a_terminal(run, told):

@@ -208,16 +208,22 @@ def begun(update, params, key=None):
     return update.init(params, key=jax.random.key(7) if key is None else key, model_state=model_state)
 
 
-def windows(directory, **options):
+def windows(directory, checkpoints="", **options):
     """Windows of three batches, the rest of an epoch flushed, stopped early."""
     params = initial()
     update = ft.make_update(loss_fn, optimizer(params), accumulate=3)
     return ft.fit(
         update, begun(update, params), batches(BATCH, seed=3), epochs=40, log=ft.Every(updates=2),
         evaluation=evaluation(every=ft.Every(updates=4)), stop=ft.EarlyStopping("valid/loss", patience=4, least=0.02),
-        checkpoints=ft.Checkpoints(directory, every=ft.Every(updates=2), keep_best="valid/loss"),
+        checkpoints=ft.Checkpoints(f"{directory}/{checkpoints}", every=ft.Every(updates=2), keep_best="valid/loss"),
         load_best_on_end=True, **options,
     )  # fmt: skip
+
+
+def recorded(directory, **options):
+    """The same, with a record and a final evaluation."""
+    record = ft.Record(directory, config={"hidden": HIDDEN}, final=evaluation(name="test"), report=False)
+    return windows(directory, "checkpoints", record=record, **options)
 
 
 def epochs(directory, **options):
@@ -290,7 +296,7 @@ def together(directory, **options):
     )  # fmt: skip
 
 
-SCENARIOS = {each.__name__: each for each in (windows, epochs, alternate, phase, plain, nan, together)}
+SCENARIOS = {each.__name__: each for each in (windows, recorded, epochs, alternate, phase, plain, nan, together)}
 
 
 if __name__ == "__main__":

@@ -317,6 +317,104 @@ def test_a_metric_of_ones_own_is_any_object_with_three_methods():
     assert evaluation(None) == {"largest": 9.0}
 
 
+def columns(params, batch):
+    return {name: batch[name] for name in ("x", "label", "prediction")}
+
+
+COLUMNS = {"x": X, "label": LABELS, "prediction": SCORES.argmax(-1)}
+
+
+class Spread:
+    """A metric of one's own on the host."""
+
+    names = ("x", "label")
+
+    def function(self, x, label):
+        return {str(each): {"most": x[label == each].max()} for each in (0, 1)}
+
+
+def test_any_object_with_names_and_a_function_is_a_metric():
+    evaluation = ft.Evaluation(columns, batches_of(5, **COLUMNS), metrics={"spread": Spread()})
+    most = [X[each == LABELS].max() for each in (0, 1)]
+    results = evaluation(None)
+    assert [results["spread/0/most"], results["spread/1/most"]] == most
+    assert "x" not in results
+
+
+def test_an_outcome_has_what_each_metric_returned_and_each_output_of_the_host_once():
+    calls = []
+
+    def kept(x):
+        calls.append(x)
+        return {"of": {"x": x}}
+
+    metrics = {"kept": OnHost(kept, "x"), "spread": Spread(), "confusion": ConfusionMatrix(3)}
+    evaluation = ft.Evaluation(columns, batches_of(5, **COLUMNS), metrics=metrics)
+    outcome = evaluation.outcome(None)
+    assert outcome.results.keys() == evaluation(None).keys()
+    assert outcome.results["kept/of/x"] is outcome.by_metric["kept"]["of"]["x"] is calls[0]
+    assert outcome.by_metric["spread"] == Spread().function(X, LABELS)
+    assert outcome.by_metric["confusion"].tolist() == outcome.results["confusion"].tolist()
+    assert outcome.outputs.keys() == {"x", "label"}  # And not what the confusion matrix took on the device.
+    assert outcome.outputs["x"] is calls[0]
+    assert (outcome.outputs["x"].tolist(), outcome.outputs["label"].tolist()) == (X.tolist(), LABELS.tolist())
+
+
+def test_an_outcome_without_metrics_on_the_host_has_no_outputs():
+    outcome = ft.Evaluation(squares, batches_of(5)).outcome(1.0)
+    assert (outcome.by_metric, outcome.outputs) == ({}, {})
+
+
+def test_functions_on_the_host_are_given_the_weights_that_they_declare():
+    weight = np.array([2, 0, 1, 0.5] * 4, np.float32)
+    metrics = {"accuracy": OnHost(accuracy_score, "label", "prediction")}
+    data = batches_of(5, **COLUMNS, weight=weight)
+    expected = accuracy_score(LABELS, SCORES.argmax(-1), sample_weight=weight)
+    assert expected != accuracy_score(LABELS[weight > 0], SCORES.argmax(-1)[weight > 0])
+    assert ft.Evaluation(columns, data, metrics=metrics)(None)["accuracy"] == expected
+
+
+@pytest.mark.parametrize("function", [len, min, lambda x: 0, lambda x, **options: 0])
+def test_a_function_that_does_not_take_weights_is_never_given_examples_as_if_they_weighed_the_same(function):
+    weight = np.array([2, 0, 1, 0.5] * 4, np.float32)
+    told = (
+        "the metric 'n' counts all examples alike, and 8 of 12 have a weight other than 0 and 1, such as 2: let its"
+        " function declare sample_weight=None, as scikit-learn's do, or give weights of 0 and 1"
+    )
+    metrics = {"n": OnHost(function, "x")}
+    evaluation = ft.Evaluation(columns, batches_of(4, **COLUMNS, weight=weight), metrics=metrics)
+    with pytest.raises(EvaluationError, match=f"^{re.escape(told)}$"):
+        evaluation(None)
+    ones = batches_of(4, **COLUMNS, weight=np.float32(weight > 0))
+    ft.Evaluation(columns, ones, metrics=metrics)(None)
+
+
+class Nameless:
+    def function(self, x):
+        return 0
+
+
+class Single(Nameless):
+    names = "x"
+
+
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [
+        (accuracy_score, "which is no metric: give an object with names and function, or with names, init, accumulate"
+         " and compute; of a function, ft.OnHost(accuracy_score, 'label', 'prediction')"),
+        ("accuracy", "metrics={'m': ...} is 'accuracy', which is no metric"),
+        (Spread, "metrics={'m': ...} is the class Spread: give one of it, Spread(...)"),
+        (Nameless(), "has names=None: give the names of the outputs that it takes, names = ('label', 'prediction')"),
+        (Single(), "has names='x': give the names of the outputs that it takes, names = ('x',)"),
+        (OnHost(len), "has names=(): give the names of the outputs that it takes, names = ('label', 'prediction')"),
+    ],
+)  # fmt: skip
+def test_what_is_no_metric_is_told_where_it_is_given(metric, told):
+    with pytest.raises(EvaluationError, match=re.escape(told)):
+        ft.Evaluation(squares, batches_of(4), metrics={"m": metric})
+
+
 @pytest.mark.parametrize(("label", "prediction"), [(-1, 0), (2, 0), (0, -1), (0, 2)])
 def test_a_class_that_there_is_not_is_an_error_and_never_another_class(label, prediction):
     data = [{"x": np.array([label, 1]), "y": np.array([prediction, 1])}]
@@ -403,6 +501,11 @@ def test_two_processes_evaluate_each_example_once_and_agree():
             lambda params, batch: {"mean": batch["x"].mean()},
             {"metrics": {"n": OnHost(len, "mean")}},
             "OnHost 'n' takes 'mean' of shape (): return one value, or one array, for each of the 4 examples",
+        ),
+        (
+            lambda params, batch: {"x": batch["x"].mean(), "label": batch["x"]},
+            {"metrics": {"n": Spread()}},
+            "Spread 'n' takes 'x' of shape (): return one value, or one array, for each of the 4 examples",
         ),
     ],
 )

@@ -385,3 +385,22 @@ def test_the_batches_of_an_epoch_may_be_a_list(unroll):
     update = ft.make_update(lambda params, batch: params["w"] * batch, optim)
     result = ft.fit(update, update.init(params), Listed(), epochs=2, steps=8, unroll=unroll)
     assert (int(result.state.step), result.epochs, float(result.state.params["w"])) == (8, 2, -13.0)
+
+
+def test_a_run_that_goes_on_has_memory_for_one_state_alone(tmp_path):
+    wide = {"w": jnp.ones((64, 1024))}
+    optim = ft.Optimizer(ft.partition(wide, {"all": ...}), {"all": optax.adam(0.1)})
+    update = ft.make_update(lambda params, batch: jnp.mean((params["w"] * batch["x"][0]) ** 2), optim)
+    before, held = sum(array.nbytes for array in jax.live_arrays()), []
+
+    class Held(ft.Hook):
+        def update_ended(self, run):
+            held.append(sum(array.nbytes for array in jax.live_arrays()) - before)
+
+    for epochs in (1, 2):
+        ft.fit(
+            update, update.init(wide), ft.from_arrays({"x": np.ones(4, np.float32)}, 2), epochs=epochs,
+            checkpoints=ft.Checkpoints(tmp_path), hooks=[Held()], progress=False,
+        )  # fmt: skip
+    state = 3 * 64 * 1024 * 4
+    assert all(state <= each < 1.1 * state for each in held), held

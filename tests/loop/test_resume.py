@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import itertools
 import json
 import os
 import random
@@ -166,6 +167,22 @@ def test_a_run_killed_at_every_point_of_a_save_ends_with_the_same_bits(run, unin
     for at, nth in points:
         killed(run, tmp_path, scenario, at, nth)
     assert ended(tmp_path, run(tmp_path, scenario)) == uninterrupted(scenario)
+
+
+def test_the_record_of_a_run_killed_at_every_point_has_each_row_once_and_the_same_results(run, uninterrupted, tmp_path):
+    results, run_written = "results.json", r"open \S+run\.json\.tmp"
+    points = [
+        (run_written, 1), (BEFORE_THE_COMMIT, 2), (LOG_IS_CUT, 1), (WRITTEN, 2), (run_written, 2), (EVALUATING, 3),
+        (ENDED, 1), (r"open \S+results\.json\.tmp", 1),
+    ]  # fmt: skip
+    for at, nth in points:
+        killed(run, tmp_path, "recorded", at, nth)
+    assert ended(tmp_path, run(tmp_path, "recorded")) == uninterrupted("recorded")
+    whole = next(path for path in tmp_path.parents[1].rglob(f"uninterrupted-recorded/{results}"))
+    assert (tmp_path / results).read_bytes() == whole.read_bytes()
+    sections = json.loads((tmp_path / "run.json").read_text())["sections"]
+    assert [section["how"] for section in sections] == [None] * (len(sections) - 1) + ["stopped"]
+    assert all(one["from_step"] <= other["from_step"] for one, other in itertools.pairwise(sections))
 
 
 def test_the_best_state_is_kept_by_a_run_killed_before_its_manifest_was_written(run, uninterrupted, tmp_path):

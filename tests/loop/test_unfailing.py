@@ -18,6 +18,8 @@ from test_logs import events
 import functrain as ft
 from functrain.errors import LogError
 from functrain.loop.logs import read_json_lines
+from functrain.loop.rows import Rows
+from functrain.loop.unfailing import Unfailing
 
 ROOT = Path(__file__).parents[2]
 
@@ -215,6 +217,60 @@ def test_a_logger_of_ones_own_that_fails_gets_every_row_once_and_in_order(fails)
     missing = [step for step in range(1, 9) if step not in logger.rows]
     assert logger.rows == ["from -1", *range(1, 9 - len(missing)), "closed"]
     assert len(told) == 1 + bool(missing)
+
+
+class Tracking(Flaky):
+    """One that takes the configuration and the files of a run as well, of which some fail as rows do."""
+
+    def __init__(self, fails=lambda call: False, lost=()):
+        super().__init__(fails)
+        self.lost = {*lost}
+
+    def start(self, config):
+        self.calls += 1
+        if self.fails(self.calls):
+            raise ConnectionError("no route")
+        self.rows.append(config)
+
+    def artifact(self, path):
+        if path.name in self.lost:
+            raise FileNotFoundError(path.name)
+        self.rows.append(path.name)
+
+
+def test_a_configuration_that_fails_is_given_again_before_the_next_row():
+    logger = Tracking(fails=lambda call: call == 1)
+    kept = Unfailing(logger)
+    kept.resume(-1)
+    with pytest.warns(UserWarning, match=r"could not take the configuration: ConnectionError: no route; training goes"):
+        kept.start({"width": 64})
+    assert logger.rows == ["from -1"]
+    kept.log(1, {})
+    assert logger.rows == ["from -1", {"width": 64}, 1]
+
+
+def test_a_file_that_fails_holds_up_no_row_is_tried_again_and_told_in_the_end():
+    logger = Tracking(lost={"plot.png", "run.json"})
+    kept = Unfailing(logger)
+    with pytest.warns(UserWarning, match=r"could not take run\.json: FileNotFoundError: run\.json; training goes on"):
+        kept.artifact(Path("run.json"))
+    kept.artifact(Path("plot.png"))
+    kept.artifact(Path("report.html"))
+    kept.log(1, {})
+    logger.lost.remove("run.json")
+    kept.flush()
+    assert logger.rows == ["report.html", 1, "run.json"]
+    with pytest.warns(UserWarning, match=r"lacks 'plot\.png', which it did not take: FileNotFoundError: plot\.png$"):
+        kept.close()
+    assert logger.rows[3:] == ["closed"]
+
+
+def test_a_logger_without_a_place_for_them_takes_no_configuration_and_no_files():
+    rows = Rows([logger := Flaky(lambda call: False), tracking := Tracking()], None, log_last=False)
+    rows.start({"width": 64})
+    rows.artifact(Path("run.json"))
+    rows.close()
+    assert (logger.rows, tracking.rows) == (["closed"], [{"width": 64}, "run.json", "closed"])
 
 
 class Refusing(Flaky):

@@ -3,11 +3,9 @@
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
-
-import jax
 
 from functrain.errors import CheckpointError, SaveError
 from functrain.loop.checkpoint.asked import Asked
@@ -19,7 +17,7 @@ from functrain.loop.checkpoint.leaves import named_leaves
 from functrain.loop.checkpoint.processes import found_by_first
 from functrain.loop.checkpoint.reading import Restored, read
 from functrain.loop.checkpoint.remote import place_of
-from functrain.loop.checkpoint.retention import Mode, Retention
+from functrain.loop.checkpoint.retention import Best, Mode, Retention
 from functrain.loop.checkpoint.storage import Storage
 from functrain.loop.checkpoint.writer import Writer
 from functrain.loop.every import Every
@@ -58,7 +56,7 @@ class Checkpoints:
       every: when `fit` saves; by default at the end of each epoch. Read by nothing but `fit`.
       keep_last: how many of the newest to keep.
       keep_best: a metric, such as "valid/loss", of which the best checkpoint is kept too; NaN is never best. Several,
-        each with its mode: {"valid/loss": "min", "valid/accuracy": "max"}.
+        each with its mode, how many, or both: {"valid/loss": 3, "valid/accuracy": "max", "valid/f1": ("max", 3)}.
       mode: "min" if a smaller metric is better, "max" if a larger one; of a loss or an error it need not be said.
       asynchronous: False to have `save` return when all is on disk.
       lock: False on a file system without locks, where you see to it that one process writes at a time.
@@ -80,7 +78,7 @@ class Checkpoints:
         *,
         every: Every | None = None,
         keep_last: int = 2,
-        keep_best: str | Mapping[str, Mode] | None = None,
+        keep_best: str | Mapping[str, Best] | None = None,
         mode: Mode | None = None,
         asynchronous: bool = True,
         lock: bool = True,
@@ -145,6 +143,10 @@ class Checkpoints:
         if not self._asynchronous:
             self.wait()
 
+    def send_first(self, call: Callable[[], None]) -> None:
+        """Has a function be called before a checkpoint is there at an address: what goes with it is there then."""
+        self._place.first = call
+
     def wait(self) -> None:
         """Returns when the last save is on disk, and at the address if there is one.
 
@@ -152,6 +154,11 @@ class Checkpoints:
           SaveError: it failed.
         """
         self._writer.wait()
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the last save is on disk, and at the address if there is one: it has ended, and did not fail."""
+        return self._writer.is_whole
 
     def open(self) -> None:
         """Makes the folder, keeps other processes from writing to it, and clears what a killed one left half done.
@@ -191,7 +198,7 @@ class Checkpoints:
 
     def steps(self) -> list[Path]:
         """The folders of the checkpoints, oldest first."""
-        self._look()
+        self._place.look()
         return self._folder.checkpoints()
 
     def best(self, metric: str | None = None) -> Path | None:
@@ -203,7 +210,7 @@ class Checkpoints:
         Raises:
           CheckpointError: they keep no best by that metric.
         """
-        self._look()
+        self._place.look()
         return best_in(self._folder, self.retention, metric)
 
     def is_best(self, metrics: Mapping[str, Any]) -> bool:
@@ -237,7 +244,7 @@ class Checkpoints:
             self._writer.wait_for_disk()
         asked, finder = Asked.of(like), Finder(self._folder, lambda checkpoint: self._place.set_aside(checkpoint.name))
         try:
-            found_by_first(self._look)
+            found_by_first(self._place.look)
             with self._place.reading():
                 restored = finder.found(step, lambda found: read(self._storage, found, asked, regroup=regroup))
         finally:
@@ -245,12 +252,7 @@ class Checkpoints:
                 self._storage.close()
             for text in finder.told:
                 warn(text)
-        if restored is not None and restored.changed:
-            warn(
-                f"the optimizer goes on with other numbers than {restored.path} was saved with:"
-                f"{listed_lines(restored.changed)}\nto go on as it was, write the numbers that were"
-            )
-        return restored
+        return _told(restored)
 
     def start_anew(self) -> Path | None:
         """Moves all checkpoints, damaged ones too, to a folder "before-1", so that the next run is a new one.
@@ -270,11 +272,6 @@ class Checkpoints:
 
     # The folder.
 
-    def _look(self) -> None:
-        """Finds out what others have written meanwhile; who writes knows."""
-        if not self._writer.is_running or jax.process_index() != 0:
-            self._folder.look()
-
     def _release(self) -> None:
         self._writer.stop()
         self._storage.close()
@@ -287,6 +284,16 @@ def _leaves_to_save(state: TrainState) -> dict[str, Any]:
     leaves = named_leaves(state)
     check_not_deleted([*leaves.values()])
     return leaves
+
+
+def _told(restored: Restored | None) -> Restored | None:
+    """Warns of an optimizer that goes on otherwise."""
+    if restored is not None and restored.changed:
+        warn(
+            f"the optimizer goes on with other numbers than {restored.path} was saved with:"
+            f"{listed_lines(restored.changed)}\nto go on as it was, write the numbers that were"
+        )
+    return restored
 
 
 def _check_state(state: object, call: str) -> None:

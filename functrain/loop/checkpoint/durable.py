@@ -48,7 +48,7 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file that is either not there or complete, and on the disk; until then it has a hidden name."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -1,7 +1,7 @@
 """Where checkpoints lie on this machine: their folder, who may write to it, and what is done there beside writing."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -25,9 +25,11 @@ class Local:
 
     Attributes:
       sender: what sends them elsewhere; None where they stay here.
+      first: what is called before one is there; None for nothing.
     """
 
     sender: Sender | None = None
+    first: Callable[[], None] | None = None
 
     def __init__(self, folder: Folder, retention: Retention, *, lock: bool) -> None:
         self.folder, self.retention = folder, retention
@@ -59,6 +61,9 @@ class Local:
 
     def check(self) -> None:
         """Raises where this process may write there no more."""
+
+    def look(self) -> None:
+        """Finds out what others have written meanwhile, where that is not seen each time."""
 
     def saved(self, newest: str) -> None:
         """Does what there is to do when a checkpoint was written: removes what is no longer kept.

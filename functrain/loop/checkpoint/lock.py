@@ -17,10 +17,12 @@ class Lock:
     Args:
       directory: where.
       wanted: False for a file system without locks: nothing is locked, and the caller knows that nobody else writes.
+      name: of the file that is locked.
+      what: is written there, for messages.
     """
 
-    def __init__(self, directory: Path, *, wanted: bool = True) -> None:
-        self._directory, self._wanted = directory, wanted
+    def __init__(self, directory: Path, *, wanted: bool = True, name: str = ".lock", what: str = "checkpoints") -> None:
+        self._directory, self._wanted, self._name, self._what = directory, wanted, name, what
         self._descriptor: int | None = None
 
     @property
@@ -35,7 +37,7 @@ class Lock:
           CheckpointError: another process has it, or there are no locks here.
           SaveError: the directory can't be made or written to.
         """
-        path = self._directory / ".lock"
+        path = self._directory / self._name
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             # Nothing is written to it, and a link of that name leads to somebody's file.
@@ -43,7 +45,7 @@ class Lock:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise CheckpointError(f"{path} is a link: remove it, or give this run a folder of its own") from None
-            raise SaveError(f"the folder of checkpoints {self._directory} can't be written to: {error}") from error
+            raise SaveError(f"the folder of {self._what} {self._directory} can't be written to: {error}") from error
         if self._wanted:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,7 +64,7 @@ class Lock:
     def _refused(self, error: OSError) -> CheckpointError | SaveError:
         if isinstance(error, BlockingIOError):
             return CheckpointError(
-                f"another process writes checkpoints to {self._directory}: wait for it or stop it, or give this run"
+                f"another process writes {self._what} to {self._directory}: wait for it or stop it, or give this run"
                 " a folder of its own"
             )
         if error.errno in _NO_LOCKS:
@@ -70,7 +72,7 @@ class Lock:
                 f"the file system of {self._directory} has no locks ({error}), which keep two processes from writing"
                 " there: see to it that only one does, and write Checkpoints(..., lock=False)"
             )
-        return SaveError(f"the folder of checkpoints {self._directory} can't be locked: {error}")
+        return SaveError(f"the folder of {self._what} {self._directory} can't be locked: {error}")
 
 
 _HELD: weakref.WeakSet[Lock] = weakref.WeakSet()

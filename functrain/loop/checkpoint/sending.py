@@ -27,6 +27,11 @@ class Sender:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether all that was asked for is done."""
+        return self._done >= self._asked
+
     def start(self) -> None:
         """Begins to do what it is asked for."""
         self._is_ended = False

@@ -38,6 +38,12 @@ class Writer:
         return self._thread is not None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all that was to be written is on disk, and where it is sent to."""
+        is_written = self._finishing is None or self._finishing.done()
+        return is_written and (self._sender is None or self._sender.is_done) and self.failure is None
+
+    @property
     def failure(self) -> SaveError | None:
         """What the last write failed with, or its being sent; None where it did not."""
         return self._failure or (self._sender.failure if self._sender else None)

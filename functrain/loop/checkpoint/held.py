@@ -1,10 +1,13 @@
 """What a checkpoint says that it holds: its parts, their optimizers and sizes, how far the run was."""
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
 from functrain.errors import CheckpointError
+from functrain.loop.checkpoint import manifest
 from functrain.loop.checkpoint.contents import Contents, decoded, read_contents
+from functrain.loop.checkpoint.folder import Entry
 from functrain.loop.checkpoint.specs import nbytes
 
 REST = "the rest"
@@ -54,6 +57,14 @@ def held_in(checkpoint: Path) -> Held:
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
     raise CheckpointError(f"what the checkpoint {checkpoint} holds can't be read: {problem}; have it verified")
+
+
+def saved_at(entry: Entry) -> float | None:
+    """When a checkpoint was saved, in seconds since 1970; None where no manifest says it."""
+    with contextlib.suppress(ValueError, OSError):
+        when = (manifest.load(entry.path) or {}).get("time")
+        return when if isinstance(when, int | float) else None
+    return None
 
 
 def _held(contents: Contents) -> Held:

@@ -1,0 +1,144 @@
+"""The folder of a record: which files are of it, whole at any moment; one process writes to it."""
+
+import io
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from functrain.errors import RecordError
+from functrain.loop.lines import LOG, numbers_of
+from functrain.tree.warn import warn
+
+FORMAT = 1
+RUN, RESULTS, RESULTS_FOLDER, SOURCE = "run.json", "results.json", "results", "source.tar.gz"
+REPORTS = ("report.html", "report.md")
+FILES = (RUN, RESULTS, f"{RESULTS_FOLDER}/*", "source*.tar.gz", *REPORTS)
+
+
+class RecordFolder:
+    """Writes the files of a record, each as a whole or not at all.
+
+    Args:
+      directory: where; made when something is written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def run(self) -> dict[str, Any] | None:
+        """What `run.json` says; None where there is none, or none that can be read: then it is set aside.
+
+        Raises:
+          RecordError: it is of a newer format.
+        """
+        path = self.directory / RUN
+        try:
+            written = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            written = None
+        if isinstance(written, dict) and written.get("format") == FORMAT and isinstance(written.get("sections"), list):
+            return written
+        if isinstance(written, dict) and isinstance(written.get("format"), int) and written["format"] > FORMAT:
+            raise RecordError(
+                f"{path} is of format {written['format']}, and this functrain writes format {FORMAT}: go on with the"
+                " functrain that wrote it, or give this run a folder of its own"
+            )
+        aside = path.with_name(f"{RUN}.damaged")
+        path.replace(aside)
+        warn(f"{path} is no record of a run, and is kept as {aside.name!r}; a new one is begun")
+        return None
+
+    def write_run(self, run: Mapping[str, Any]) -> None:
+        """Writes `run.json`."""
+        self.write(RUN, _text(run))
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Writes `results.json`."""
+        self.write(RESULTS, _text(results))
+
+    def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes arrays by name as a npz file."""
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
+        self.write(name, packed.getvalue())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file, whole or not at all.
+
+        Raises:
+          OSError: it is not written.
+        """
+        path = self.directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def evaluated_step(self) -> int | None:
+        """The step of the last state that was evaluated; None where none was."""
+        return next((entry["step"] for entry in self._final() if entry["of"] == "last"), None)
+
+    def results(self) -> dict[str, dict[str, float]]:
+        """The numbers of the final evaluation, by what they are of and by name."""
+        found: dict[str, dict[str, float]] = {}
+        for entry in self._final():
+            found.setdefault(entry["of"], {}).update(numbers_of(entry["numbers"]))
+        return found
+
+    def _final(self) -> list[dict[str, Any]]:
+        try:
+            written = json.loads((self.directory / RESULTS).read_bytes())
+        except (OSError, ValueError):
+            return []
+        return list(written["final"]) if isinstance(written, dict) and written.get("format") == FORMAT else []
+
+    def has_rows(self) -> bool:
+        """Whether there is something of a run in it that would be missed."""
+        return has_rows({path.name: path.stat().st_size for path in self.directory.glob("*") if path.is_file()})
+
+    def clear(self, aside: Path | None) -> Path | None:
+        """Moves what is of an earlier run to a folder "before-1", or to the one that is given; returns it.
+
+        Where there is nothing that would be missed, it is removed, and None returned.
+        """
+        mine = [path for path in sorted(self.directory.glob("*")) if _is_ours(path.name)]
+        if aside is None and not self.has_rows():
+            for path in mine:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            return None
+        if aside is None:
+            places = (self.directory / f"before-{number}" for number in itertools.count(1))
+            aside = next(place for place in places if not place.exists())
+        aside.mkdir(exist_ok=True)
+        for path in mine:
+            path.rename(aside / path.name)
+        return aside
+
+
+def has_rows(sizes: Mapping[str, int]) -> bool:
+    """Whether files, by name and size, have something of a run that would be missed."""
+    return RESULTS in sizes or sizes.get(LOG, 0) > 0
+
+
+def _is_ours(name: str) -> bool:
+    is_source = name.startswith("source") and name.endswith(".tar.gz")
+    return is_source or name in (RUN, RESULTS, RESULTS_FOLDER, LOG, f"{LOG}.damaged", f"{RUN}.damaged", *REPORTS)
+
+
+def _text(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False, indent=1, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"

@@ -1,0 +1,133 @@
+"""What of a run its record is told, and when: begun, noted, ended, evaluated."""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from functrain.errors import FunctrainError
+from functrain.loop.checkpoint.checkpoints import Checkpoints
+from functrain.loop.evaluation import Evaluation
+from functrain.loop.record.facts import audited, facts_of
+from functrain.loop.record.final import finals_of, numbers_of, write_finals
+from functrain.loop.record.folder import RecordFolder
+from functrain.loop.record.masking import Masks
+from functrain.loop.record.sections import Began, Ended, Sections
+from functrain.loop.record.source import source_of
+from functrain.loop.remote.address import is_address
+from functrain.tree.warn import warn
+from functrain.update.state import TrainState
+from functrain.update.update import Update
+
+
+class Keeper:
+    """Keeps the record of a run in a folder; the first process writes, all evaluate.
+
+    Args:
+      folder: where.
+      name: of the run.
+      masks: what must not stand in it.
+      config: the user's, as JSON has it, masked.
+      source: the folder of code that is kept; None for none.
+      report: whether a report is written at the end.
+
+    Attributes:
+      final: what evaluates the run at its end.
+      update: of the run that goes on; None where none does.
+      results: the numbers of the final evaluation.
+    """
+
+    def __init__(
+        self,
+        folder: RecordFolder,
+        name: str,
+        masks: Masks,
+        config: Mapping[str, Any],
+        source: Path | None,
+        *,
+        report: bool,
+    ) -> None:
+        self.final: Sequence[Evaluation] = []
+        self.update: Update | None = None
+        self.results: dict[str, dict[str, float]] = {}
+        self._folder, self._name, self._masks, self._config = folder, name, masks, config
+        self._source, self._report = source, report
+        self._sections = Sections(folder, masks)
+        self._checkpoints: Checkpoints | None = None
+
+    def attach(self, update: Update, checkpoints: Checkpoints | None) -> None:
+        """Takes the run that it is of."""
+        self.update, self._checkpoints, self.results = update, checkpoints, {}
+
+    def begin(self, state: TrainState, began: Began) -> None:
+        """Begins a section.
+
+        Raises:
+          RecordError: what is there is of a newer functrain, or the source is no folder that git knows.
+        """
+        if jax.process_index() or self.update is None:
+            return
+        source = None if self._source is None else source_of(self._source, self._masks)
+        facts = facts_of(
+            self.update,
+            state,
+            name=self._name,
+            config=self._config,
+            folder=self._source or Path.cwd(),
+            masks=self._masks,
+        )
+        facts["checkpoints"] = None if self._checkpoints is None else self._where(self._checkpoints)
+        self._sections.begin(facts, source, began)
+        for text in [] if source is None or self._source is None else source.told(self._source.name):
+            warn(text)
+
+    def note(self, state: TrainState, batch: Any) -> None:
+        """Writes what came up: warnings, and once, when there is a batch to make it of, the audit."""
+        is_wanted = self._sections.is_begun and not self._sections.is_audited
+        is_known = is_wanted and batch is not None and self.update is not None
+        self._sections.note(audited(self.update, state, batch) if is_known and self.update else None)
+
+    def end(self, ended: Ended) -> None:
+        """Ends the section."""
+        self._sections.end(ended)
+
+    def conclude(self, state: TrainState) -> None:
+        """The final evaluation and the report; what fails of them is warned of, as the run itself did not."""
+        assert self.update is not None
+        try:
+            finals = [*finals_of(self.final, self.update, state, self._checkpoints)]
+            self.results = numbers_of(finals)
+            if finals and jax.process_index() == 0:
+                write_finals(self._folder, finals)
+        except (FunctrainError, OSError) as error:
+            warn(f"the final evaluation of {self._folder.directory} failed: {said(error)}; the run has ended well")
+        self.write_report()
+
+    def write_report(self) -> None:
+        """Writes the report, of what there is."""
+        self._sections.note()
+        if not self._report or jax.process_index():
+            return
+        try:
+            import_module("functrain.loop.record.report").write(self._folder.directory)
+        except Exception as error:
+            warn(f"{self._folder.directory} has no report: {said(error)}; functrain report tries it again")
+
+    def close(self) -> None:
+        """Nothing more will be written."""
+        self._sections.close()
+        self.update = self._checkpoints = None
+
+    def _where(self, checkpoints: Checkpoints) -> dict[str, Any]:
+        place, mine = checkpoints.directory, self._folder.directory
+        is_within = place.is_relative_to(mine)
+        where = str(place.relative_to(mine)) if is_within else self._masks.text(str(place))
+        where = str(checkpoints.where) if is_address(checkpoints.where) else where
+        return {"directory": where, "keep_best": dict(checkpoints.retention.best)}
+
+
+def said(error: BaseException) -> str:
+    """An error in a line or a few."""
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,117 @@
+"""A record at an address: brought before a run begins, and sent in the background as it grows."""
+
+import contextlib
+import itertools
+import json
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from fnmatch import fnmatch
+from pathlib import Path
+
+from functrain.errors import LogError, StorageError
+from functrain.loop.lines import LOG, lines_of
+from functrain.loop.record.folder import FILES, RESULTS, RUN, RecordFolder, has_rows
+from functrain.loop.remote.store import Store
+from functrain.tree.warn import warn
+
+
+class Outbox:
+    """Sends the files of a record to an address; what can't be sent is warned of once, and tried again.
+
+    Args:
+      store: the address.
+      folder: of this machine, in which the record is written.
+    """
+
+    def __init__(self, store: Store, folder: RecordFolder) -> None:
+        self._store, self._folder = store, folder
+        self._sent: dict[str, tuple[int, int]] = {}  # Size and time of what is there.
+        self._thread: ThreadPoolExecutor | None = None
+        self._sending: Future[None] | None = None
+        self._is_told = False
+        self._at_it = threading.Lock()
+
+    def bring(self, step: int) -> None:
+        """Brings the record of a run that goes on from a step, where this machine has less of it.
+
+        Raises:
+          StorageError: it can't be read.
+        """
+        names = self._listed()
+        for name, much in ((RUN, _sections), (LOG, lambda written: _rows(written, step)), (RESULTS, bool)):
+            path = self._folder.directory / name
+            mine = path.read_bytes() if path.exists() else b""
+            if name in names and much(written := self._store.get(name)) > much(mine):
+                self._folder.write(name, written)
+
+    def clear(self) -> str | None:
+        """Moves what is there of an earlier run below "before-1", and returns where; None if nothing would be missed.
+
+        Raises:
+          StorageError: it can't be moved.
+        """
+        names = self._listed()
+        if not has_rows(names):
+            self._store.delete(names)
+            return None
+        places = (f"before-{number}" for number in itertools.count(1))
+        place = next(place for place in places if not self._store.listed(place))
+        for name in names:
+            self._store.copy(name, f"{place}/{name}")
+        self._store.delete(names)
+        return self._store.address / place
+
+    def send(self) -> None:
+        """Begins to send what has changed, and returns; unless it is still at it."""
+        if self._sending is not None and not self._sending.done():
+            return
+        self._thread = self._thread or ThreadPoolExecutor(1, "functrain-record")
+        self._sending = self._thread.submit(self._send)
+
+    def sent(self) -> None:
+        """Returns when all that is in the folder now is there, or was told not to be."""
+        self._send()
+
+    def close(self) -> None:
+        """Sends what is left."""
+        self.sent()
+        if self._thread is not None:
+            self._thread.shutdown()
+        self._thread = self._sending = None
+
+    def _send(self) -> None:
+        directory = self._folder.directory
+        try:
+            with self._at_it:
+                for pattern in (LOG, *FILES):
+                    for path in sorted(directory.glob(pattern)):
+                        self._send_one(path, path.relative_to(directory).as_posix())
+        except (StorageError, OSError) as error:
+            if not self._is_told:
+                self._is_told = True
+                warn(f"the record can't be sent to {self._store.address}: {error}; the run goes on, and tries again")
+
+    def _send_one(self, path: Path, name: str) -> None:
+        found = path.stat()
+        state = found.st_size, found.st_mtime_ns
+        if self._sent.get(name) != state:
+            self._store.put(name, path.read_bytes()[: found.st_size])  # A log grows meanwhile.
+            self._sent[name] = state
+
+    def _listed(self) -> dict[str, int]:
+        """The files of a record that are there, and how large they are."""
+        found = self._store.listed()
+        return {name: stat.size for name, stat in found.items() if any(fnmatch(name, each) for each in (LOG, *FILES))}
+
+
+def _sections(written: bytes) -> int:
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        return len(json.loads(written)["sections"])
+    return 0
+
+
+def _rows(written: bytes, step: int) -> int:
+    """How many rows a log has up to a step."""
+    with contextlib.suppress(LogError):
+        return sum(row["step"] <= step for _, row in lines_of(Path(LOG), written).rows)
+    return 0

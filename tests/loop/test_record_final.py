@@ -1,0 +1,158 @@
+"""The final evaluation of a run, and a record in a loop of one's own."""
+
+import numpy as np
+import pytest
+from records import evaluation, fitted, read, record_of, saved
+from runs import Recorder, data_of, start, update_of
+
+import functrain as ft
+from functrain.errors import EvaluationError, FitError, RecordError
+
+# The final evaluation.
+
+
+class Errors:
+    """A package of one's own."""
+
+    names = ("error", "is_up")
+
+    def function(self, error, is_up):
+        return {"worst": float(np.abs(error).max()), "curve": np.sort(error), "up": {"share": float(is_up.mean())}}
+
+    def figure(self, result):
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        figure.subplots().plot(result["curve"])
+        return figure
+
+
+def test_the_last_and_the_best_state_are_evaluated_at_the_end(tmp_path):
+    states = {}
+    keep = Recorder(
+        lambda run: states.setdefault(
+            run.step, {name: np.array(leaf) for name, leaf in ft.flatten(run.state.params).items()}
+        )
+    )
+    metrics = {"errors": Errors(), "confusion": ft.ConfusionMatrix(2, "is_up", "sign")}
+    valid = ft.Evaluation(lambda params, batch: {"worse": batch["x"][:, 0] * 0 + (params["head"]["b"] ** 2)}, data_of())
+    result = fitted(
+        tmp_path, record_of(tmp_path, final=evaluation(metrics=metrics)), 3, hooks=[keep], evaluation=valid,
+        checkpoints=saved(tmp_path, keep_best="valid/worse", mode="max"),
+    )  # fmt: skip
+    last, best = read(tmp_path, "results.json")["final"]
+    values = {step: flat["head/b"] ** 2 for step, flat in states.items() if step % 5 == 0}
+    best_step = max(values, key=values.__getitem__)
+    assert [(last["of"], last["step"]), (best["of"], best["step"])] == [("last", 15), ("best valid/worse", best_step)]
+    for entry in (last, best):
+        params = ft.unflatten(states[entry["step"]], like=start())
+        expected = evaluation(metrics=metrics)(params)
+        numbers = {f"test/{name}": value for name, value in expected.items() if isinstance(value, float)}
+        assert entry["numbers"] == pytest.approx(numbers, rel=1e-6)
+        assert {"test/loss", "test/errors/worst", "test/errors/up/share"} <= entry["numbers"].keys()
+        arrays, outputs = (np.load(tmp_path / entry[name]) for name in ("arrays", "outputs"))
+        np.testing.assert_allclose(arrays["errors/curve"], expected["errors/curve"], rtol=1e-6)
+        assert arrays["confusion"].sum() == len(outputs["error"]) == 18
+        assert (tmp_path / entry["figures"]["test/errors"]).read_bytes()[:4] == b"\x89PNG"
+    assert result.final == {entry["of"]: entry["numbers"] for entry in (last, best)}
+
+
+def test_a_best_checkpoint_that_is_the_last_is_evaluated_once(tmp_path):
+    calls = []
+    valid = ft.Evaluation(lambda params, batch: {"loss": -(params["head"]["b"] ** 2) + 0 * batch["y"]}, data_of())
+
+    class Counting(ft.ConfusionMatrix):
+        def compute(self, acc):
+            calls.append(1)
+            return super().compute(acc)
+
+    record = record_of(tmp_path, final=evaluation(metrics={"confusion": Counting(2, "is_up", "sign")}))
+    fitted(tmp_path, record, 1, evaluation=valid, checkpoints=saved(tmp_path, keep_best="valid/loss"))
+    last, best = read(tmp_path, "results.json")["final"]
+    assert (len(calls), best | {"of": "last"}, last["checkpoint"]) == (1, last, "5")
+
+
+def test_what_fails_in_a_final_evaluation_loses_no_run(tmp_path):
+    class Late:
+        names = ("error",)
+
+        def function(self, error):
+            raise EvaluationError("not with these")
+
+    with pytest.warns(UserWarning, match="the final evaluation of .* failed: EvaluationError: not with these; the run"):
+        result = fitted(tmp_path, record_of(tmp_path, final=evaluation(metrics={"late": Late()})))
+    assert (int(result.state.step), result.final) == (10, {})
+    assert read(tmp_path)["sections"][0]["how"] == "finished"
+    assert any("not with these" in each["text"] for each in read(tmp_path)["sections"][0]["warnings"])
+
+
+def test_a_figure_that_fails_costs_the_figure_alone(tmp_path):
+    class Undrawn(Errors):
+        def figure(self, result):
+            raise KeyError("curves")
+
+    with pytest.warns(UserWarning, match="the figure of 'errors' could not be drawn: KeyError: 'curves'"):
+        fitted(tmp_path, record_of(tmp_path, final=evaluation(metrics={"errors": Undrawn()})))
+    (entry,) = read(tmp_path, "results.json")["final"]
+    assert entry["figures"] == {}
+    assert entry["numbers"]["test/errors/worst"] > 0
+
+
+def test_a_mistake_in_a_final_evaluation_is_found_before_the_first_update(tmp_path):
+    recorder = Recorder()
+    wrong = ft.Evaluation(lambda params, batch: {"loss": params["nothing"]}, data_of(), name="test")
+    with pytest.raises(KeyError):
+        fitted(tmp_path, record_of(tmp_path, final=wrong), hooks=[recorder])
+    with pytest.raises(FitError, match="needs averages"):
+        fitted(tmp_path, record_of(tmp_path, final=evaluation(params="ema")), hooks=[recorder])
+    assert recorder.events == []
+
+
+# In a loop of one's own.
+
+
+def test_a_loop_of_ones_own_leaves_the_same_record(tmp_path):
+    fitted(tmp_path / "fit", record_of(tmp_path / "fit", final=evaluation()), 2)
+    update = update_of()
+    state = update.init(start())
+    with record_of(tmp_path / "own", final=evaluation()) as record:
+        record.begin(update, state)
+        for epoch in range(2):
+            for batch in data_of().epoch(epoch):
+                state, metrics = update(state, batch)
+            record.log(int(state.step), {"train/loss": metrics["loss"]})
+        record.end(state)
+    assert read(tmp_path / "own", "results.json") == read(tmp_path / "fit", "results.json")
+    own, fit = (read(tmp_path / name) for name in ("own", "fit"))
+    assert own["model"]["parts"] == fit["model"]["parts"]
+    assert [own["sections"][0][name] for name in ("how", "to_step")] == ["finished", 10]
+    assert [row["step"] for row in ft.read_json_lines(tmp_path / "own" / "log.jsonl")] == [5, 10]
+
+
+def test_a_loop_of_ones_own_that_fails_says_why_and_one_that_goes_on_drops_what_never_happened(tmp_path):
+    update = update_of()
+
+    def failing():
+        with record_of(tmp_path) as record:
+            record.begin(update, update.init(start()))
+            for step in (1, 2, 3):
+                record.log(step, {"loss": 1.0 / (3 - step)})
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    state, _ = update(update.init(start()), next(iter(data_of())))
+    with record_of(tmp_path) as record:
+        record.begin(update, state)
+        record.log(2, {"loss": 7.0})
+        record.end(state, why="enough")
+    one, two = read(tmp_path)["sections"]
+    assert (one["how"], one["why"]) == ("failed", "ZeroDivisionError: float division by zero")
+    assert (two["from_step"], two["how"], two["why"]) == (1, "stopped", "enough")
+    assert [row["loss"] for row in ft.read_json_lines(tmp_path / "log.jsonl")] == [0.5, 7.0]
+
+
+def test_a_record_that_was_not_begun_says_so(tmp_path):
+    with pytest.raises(RecordError, match=r"record\.log\(step, row\) before the record was begun: record\.begin"):
+        record_of(tmp_path).log(1, {"loss": 1.0})
+    with pytest.raises(RecordError, match=r"record\.end\(state\) before the record was begun"):
+        record_of(tmp_path).end(update_of().init(start()))
