@@ -12,7 +12,7 @@ from functrain.errors import CheckpointError, SaveError, StorageError
 from functrain.loop.checkpoint import manifest
 from functrain.loop.remote.store import Store
 
-QUICK = ft.Limits(request=2.0, patience=2.0, lease=2.0)
+QUICK = ft.Limits(request=2.0, patience=0.7, lease=2.0)
 
 
 @pytest.fixture(params=["s3", "memory", "file"])
