@@ -7,34 +7,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from functrain.loop.shares import Shardings, assembled, each_with
+from functrain.tree.arrays import is_here
 
-def put(batch: Any, sharding: jax.sharding.Sharding | None) -> Any:
-    """A batch where a sharding says; in a run of several processes each gives its own slice, what is there stays."""
+
+def put(batch: Any, sharding: Shardings) -> Any:
+    """A batch where a sharding says; of several processes each gives the rows of its share, and what is there stays."""
     if sharding is None:
         return batch
     if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    return jax.tree.map(
-        lambda leaf: leaf if _lies(leaf, sharding) else jax.make_array_from_process_local_data(sharding, leaf), batch
-    )
+        return jax.device_put(batch, each_with(lambda leaf, here: here, sharding, batch))
+    return each_with(lambda leaf, here: leaf if _lies(leaf, here) else assembled(leaf, here), sharding, batch)
 
 
-def put_ahead(batch: Any, sharding: jax.sharding.Sharding | None) -> Any:
+def put_ahead(batch: Any, sharding: Shardings) -> Any:
     """A batch on its way to the devices, before it is needed: where a sharding says, or to the first one."""
     return jax.device_put(batch) if sharding is None else put(batch, sharding)
 
 
-def put_stacked(batches: Sequence[Any], sharding: jax.sharding.Sharding | None) -> Any:
+def put_stacked(batches: Sequence[Any], sharding: Shardings) -> Any:
     """Several batches on a new leading axis, each where a sharding says."""
     stacked = jax.tree.map(_stacked, *batches)
-    if isinstance(sharding, jax.NamedSharding):
-        sharding = jax.NamedSharding(sharding.mesh, jax.P(None, *sharding.spec))
-    return put(stacked, sharding)
+    if sharding is None:
+        return stacked
+    several = jax.process_count() > 1
+
+    def placed(leaf: Any, here: jax.sharding.Sharding) -> Any:
+        here = _after_one_axis(here, leaf.ndim)
+        return assembled(leaf, here, axis=1) if several and is_here(leaf) else jax.device_put(leaf, here)
+
+    return each_with(placed, sharding, stacked)
 
 
 def are_alike(batches: Sequence[Any]) -> bool:
     """Whether batches have one structure, and their leaves the same shapes and dtypes."""
     return len({*map(_signature, batches)}) == 1
+
+
+def _after_one_axis(sharding: jax.sharding.Sharding, rank: int) -> jax.sharding.Sharding:
+    if not isinstance(sharding, jax.NamedSharding):
+        return sharding
+    return sharding.update(spec=jax.P(None, *sharding.spec[: rank - 1]))
 
 
 def _lies(leaf: Any, sharding: jax.sharding.Sharding) -> bool:

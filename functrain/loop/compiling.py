@@ -7,6 +7,7 @@ import jax
 
 from functrain.loop.every import Every
 from functrain.loop.run import Run
+from functrain.loop.shares import check_sharers
 from functrain.loop.slices import tell_of_no_mean
 
 
@@ -33,6 +34,7 @@ def compile_for(
     if is_first:
         of_scan = 0 if scan is None else 1
         given = batch if scan is None else scan
+        check_sharers(given)
         run.batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[of_scan:], leaf.dtype), given)
     if scan is not None and _leaves_single(run, scan):
         run.compiled.add("batch")

@@ -38,8 +38,8 @@ class Data:
       fetch: the examples of these numbers, int64 (n,), as one batch of n.
       examples: how many there are.
       batch_size, seed, shuffle, last: as given to `from_arrays`.
-      process: this process's number.
-      processes: how many share each batch: process p gets the p-th of as many equal slices.
+      process: this process's number, or the numbers of its slices.
+      processes: into how many equal slices each batch is cut: process p gets the p-th.
       read_ahead: the batches that are read in advance, each on a thread of its own.
       maps: what `map_examples` and `map_batches` added, in their order.
     """
@@ -50,7 +50,7 @@ class Data:
     seed: int
     shuffle: bool
     last: Last
-    process: int
+    process: int | tuple[int, ...]
     processes: int
     read_ahead: int
     maps: tuple[ExampleMap | BatchMap, ...] = dataclasses.field(default=(), repr=False)
@@ -139,6 +139,17 @@ class Data:
             raise DataError(f"take({count}) of {self.examples} examples: write a number from 1 to {self.examples}")
         return dataclasses.replace(self, examples=count)
 
+    def over(self, slices: tuple[int, ...], of: int) -> "Data":
+        """The same batches, of which this process reads some of so many equal slices of rows.
+
+        `fit(..., sharding=)` calls it with what the devices of this process hold; processes may hold the same rows.
+
+        >>> data = from_arrays({"x": np.arange(8)}, batch_size=8, shuffle=False)
+        >>> next(data.over((0, 3), 4).epoch(0))["x"].tolist()
+        [0, 1, 6, 7]
+        """
+        return dataclasses.replace(self, process=slices, processes=of)
+
     def map_examples(self, function: Callable[..., Mapping[str, Any]]) -> "Data":
         """What a function makes of each example, one at a time.
 
@@ -196,13 +207,12 @@ class Data:
         start = number * self.batch_size
         size = self.batch_size if self.last == "pad" else min(self.batch_size, self.examples - start)
         share = size // self.processes
-        first = start + self.process * share
-        rows = order[first : first + share]
+        slices = self.process if isinstance(self.process, tuple) else (self.process,)
+        places = start + np.concatenate([np.arange(number * share, (number + 1) * share) for number in slices])
+        rows = order[np.minimum(places, self.examples - 1)]  # Of what is padded, the last one.
         if self.last != "pad":
             return self._fetched(rows, epoch)
-        padded = np.concatenate([rows, np.repeat(order[-1:], share - len(rows))])
-        weight = (np.arange(first, first + share) < self.examples).astype(np.float32)
-        return {**self._fetched(padded, epoch), "weight": weight}
+        return {**self._fetched(rows, epoch), "weight": (places < self.examples).astype(np.float32)}
 
 
 def from_arrays(

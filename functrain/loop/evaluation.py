@@ -18,6 +18,7 @@ from functrain.loop.every import Every
 from functrain.loop.names import named_values
 from functrain.loop.on_host import check_metrics, computed, is_on_host
 from functrain.loop.outcome import Outcome
+from functrain.loop.shares import Shardings, first_of, shared
 from functrain.loop.tensors import arrays_of
 from functrain.tree.arrays import is_here, replicated_over, wide
 from functrain.tree.paths import PyTree
@@ -59,7 +60,7 @@ class Evaluation:
     every: Every = dataclasses.field(default_factory=lambda: Every(epochs=1))
     name: str = "valid"
     metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    sharding: jax.sharding.Sharding | None = None
+    sharding: Shardings = None
     params: Literal["last", "ema"] = "last"
 
     def __post_init__(self) -> None:
@@ -120,10 +121,10 @@ class Evaluation:
         sums, size = None, 0
         parts: list[dict[str, np.ndarray]] = []
         weights: list[np.ndarray] = []
-        for given in self.data:
+        for given in shared(self.data, self.sharding):
             batch, mask = self._padded(given, size, params, model_state)
             size = size or len(mask)
-            batch, mask = put((batch, mask), self.sharding)
+            batch, mask = self._put(batch, mask)
             if sums is None:
                 sums = self._zeros(params, batch, model_state, mask)
             sums, taken = self._step(sums, params, batch, model_state, mask)
@@ -152,12 +153,15 @@ class Evaluation:
             return None
         self._check_place(params)
         nothing = object()
-        if (given := next(iter(self.data), nothing)) is nothing:
+        if (given := next(iter(shared(self.data, self.sharding)), nothing)) is nothing:
             raise EvaluationError(_NO_BATCH)
-        batch, mask = put(self._padded(given, 0, params, model_state), self.sharding)
+        batch, mask = self._put(*self._padded(given, 0, params, model_state))
         _, means = self._shapes.eval_shape(params, batch, model_state, mask)
         self._step.eval_shape((means, jax.eval_shape(self._no_counts)), params, batch, model_state, mask)
         return [*means, *self.metrics]
+
+    def _put(self, batch: Any, mask: Any) -> tuple[Any, Any]:
+        return put(batch, self.sharding), put(mask, first_of(self.sharding))
 
     def _check_place(self, params: PyTree) -> None:
         if self.sharding is None and not all(is_here(leaf) for leaf in jax.tree.leaves(params)):

@@ -4,17 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from functrain.errors import FitError
 from functrain.loop.evaluation import Evaluation
+from functrain.loop.shares import Shardings
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 
 
-def prepared(
-    evaluations: Evaluation | Sequence[Evaluation], update: Update, sharding: jax.sharding.Sharding | None
-) -> list[Evaluation]:
+def prepared(evaluations: Evaluation | Sequence[Evaluation], update: Update, sharding: Shardings) -> list[Evaluation]:
     """The evaluations, of whole params; their batches go where those of training go unless they say otherwise.
 
     Raises:

@@ -29,6 +29,7 @@ from functrain.loop.record.record import Record
 from functrain.loop.rows import Rows
 from functrain.loop.run import Run
 from functrain.loop.saving import Rates, Saver
+from functrain.loop.shares import Shardings, shared
 from functrain.loop.signals import StopSignals
 from functrain.loop.training import Plan, is_through, train
 from functrain.update.consumed import check_not_deleted
@@ -78,7 +79,7 @@ def fit(
     hooks: Sequence[Hook] = (),
     unroll: int = 1,
     prefetch: int = 0,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: Shardings = None,
     load_best_on_end: bool | str = False,
     regroup: bool = False,
     fresh: bool = False,
@@ -123,7 +124,9 @@ def fit(
       prefetch: batches that a thread reads, and sends to the device, while the one before is computed; for data that
         is slow beside updates that something waits for, such as a log of each. The data must not depend on the run, and
         give each batch memory of its own; what is read in advance when a run ends is lost to an iterator without state.
-      sharding: where batches go, those of evaluations too; by default as `jax.jit` has it.
+      sharding: where batches go, those of evaluations too; by default as `jax.jit` has it. One for all arrays of a
+        batch, of which those of fewer axes take the beginning, or a dict of them by name. Of several processes each
+        reads the rows that its devices hold; data that is not `from_arrays`' or `from_tfds`' gives these rows itself.
       load_best_on_end: return the state of the best checkpoint, by its `keep_best`; of several, the name of one.
       regroup: take a checkpoint of other parts or optimizers, and print what became of their state; see
         `Checkpoints.restore`.
@@ -187,7 +190,7 @@ def _run(
     check_of_all(state)
     if plan.record:
         plan.record.prepare(update, state, plan.sharding)
-    run = Run(update, state, Reader(data, prefetch, place), plan.rows.add)
+    run = Run(update, state, Reader(shared(data, plan.sharding), prefetch, place), plan.rows.add)
     run.checkpoints = plan.saver.checkpoints if plan.saver else None
     return run
 
@@ -220,7 +223,11 @@ def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, 
     if plan.record:
         plan.record.open(run.step, goes_on=restored is not None or (run.step > 0 and not fresh), aside=aside)
         plan.rows.start(plan.record.config)
+        if plan.saver and plan.record.sent is not None:
+            plan.saver.checkpoints.send_first(plan.record.sent)  # A row is there before what a run goes on from.
     plan.rows.resume(run, is_restored=restored is not None)
+    if plan.saver:
+        plan.rows.settle(plan.saver.settled())
     return restored
 
 

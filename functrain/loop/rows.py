@@ -34,10 +34,7 @@ class Rows:
         for logger in self._loggers:
             logger.resume(run.step if is_restored or run.step else -1)
         self._since = run.now
-        if self._path is None:
-            return
-        self.settle(run.step if is_restored else -1)
-        if is_restored:
+        if self._path is not None and is_restored:
             rows = [row for row in _read(self._path) if row["step"] <= run.step]
             for logger in self._loggers:
                 logger.restore(rows)

@@ -15,6 +15,7 @@ from functrain.errors import FitError, NonFiniteError
 from functrain.loop.batches import put
 from functrain.loop.given import check_data
 from functrain.loop.reader import Reader
+from functrain.loop.shares import Shardings, shared
 from functrain.tree.paths import flatten
 from functrain.tree.text import listed
 from functrain.update.checks import check_by_part, check_state
@@ -97,7 +98,7 @@ def lr_sweep(
     *,
     steps: int | None = None,
     loss: str | None = None,
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: Shardings = None,
 ) -> Sweep:
     """Trains a copy of a state with rates that rise from step to step, and returns the losses.
 
@@ -169,9 +170,9 @@ def _losses(
             nth += 1
 
 
-def _read(batches: Iterable[Any], sharding: jax.sharding.Sharding | None) -> Iterator[Any]:
+def _read(batches: Iterable[Any], sharding: Shardings) -> Iterator[Any]:
     """The batches of one epoch after the other."""
-    reader, epoch = Reader(batches), 0
+    reader, epoch = Reader(shared(batches, sharding)), 0
     while True:
         reader.begin(epoch)
         while chunk := reader.next_chunk():

@@ -4,6 +4,7 @@ import collections
 import json
 import posixpath
 import re
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -125,6 +126,13 @@ class MLflow(Tracker):
 
     def _send_file(self, path: Path) -> None:
         self._client.log_artifact(self._run, str(path))
+
+    def _send_results(self, step: int, numbers: Mapping[str, float]) -> None:
+        now = int(1000 * time.time())
+        for name, value in numbers.items():
+            there = self._client.get_metric_history(self._run, self._key(name))
+            if all((point.step, str(point.value)) != (step, str(float(value))) for point in there):
+                self._client.log_metric(self._run, self._key(name), value, now, step)
 
     def _end(self, status: str) -> None:
         self._client.set_terminated(self._run, status)

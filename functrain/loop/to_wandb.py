@@ -127,6 +127,9 @@ class WandB(Tracker):
         shutil.copyfile(path, copy)
         self._run.save(str(copy), base_path=self._run.dir, policy="now")
 
+    def _send_results(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.summary.update(dict(numbers))
+
     def _end(self, status: str) -> None:
         file, until = Path(self._run.dir).parent / f"run-{self._run.id}.wandb", time.monotonic() + _LONGEST
         self._run.finish(exit_code=int(status != "FINISHED"))

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import json
 import math
 import sys
 import threading
@@ -47,6 +48,7 @@ class Tracker:
         self._every, self._patience = every, patience
         self._held: collections.deque[Row] = collections.deque()
         self._todo: collections.deque[tuple[str, Any]] = collections.deque()
+        self._early: list[tuple[str, Any]] = []
         self._lost: dict[str, Exception] = {}
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -121,12 +123,16 @@ class Tracker:
             self._add("row", self._held.popleft())
 
     def _add(self, kind: str, what: Any) -> None:
+        jobs = [(kind, what)]
         if self._thread is None:
-            self._todo.extend([] if kind == "open" else [("open", -1)])
+            if kind in ("config", "file"):  # It waits until it is known which run it is of.
+                self._early += jobs
+                return
+            jobs = [*jobs, *self._early] if kind == "open" else [("open", -1), *self._early, *jobs]
             self._thread = threading.Thread(target=self._work, name="functrain-tracker", daemon=True)
             self._thread.start()
         with self._changed:
-            self._todo.append((kind, what))
+            self._todo += jobs
             self._changed.notify()
 
     def _tell_lacking(self) -> None:
@@ -156,6 +162,10 @@ class Tracker:
         raise NotImplementedError
 
     def _send_file(self, path: Path) -> None:
+        raise NotImplementedError
+
+    def _send_results(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Sends numbers of the end of a run, at a step; it is called again with the same ones."""
         raise NotImplementedError
 
     def _end(self, status: str) -> None:
@@ -191,6 +201,11 @@ class Tracker:
             if kind == "end" or self._is_given_up:
                 return
 
+    def _take_file(self, path: Path) -> None:
+        self._send_file(path)
+        for step, numbers in _results_in(path) if path.name == "results.json" else []:
+            self._send_results(step, numbers)
+
     def _put_off(self, path: Path, error: Exception) -> None:
         """A file that fails holds up no row: it is tried again after them, until the end."""
         with self._changed:
@@ -205,9 +220,20 @@ _CALLS: dict[str, Callable[[Tracker, Any], None]] = {
     "open": lambda tracker, step: tracker._open(step),
     "config": lambda tracker, config: tracker._config(config),
     "row": lambda tracker, rows: tracker._send(rows),
-    "file": lambda tracker, path: tracker._send_file(path),
+    "file": lambda tracker, path: tracker._take_file(path),
     "end": lambda tracker, status: tracker._end(status),
 }
+
+
+def _results_in(path: Path) -> list[tuple[int, dict[str, float]]]:
+    """The final numbers of a record, by "final/last/NAME", and their step; none of a file that is something else."""
+    try:
+        return [
+            (each["step"], {f"final/{each['of']}/{name}": value for name, value in numbers_of(each["numbers"]).items()})
+            for each in json.loads(path.read_bytes())["final"]
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def _is_row(job: tuple[str, Any]) -> bool:

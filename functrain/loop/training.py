@@ -17,6 +17,7 @@ from functrain.loop.record.record import Record
 from functrain.loop.rows import Rows
 from functrain.loop.run import Run
 from functrain.loop.saving import Saver, scalars
+from functrain.loop.shares import Shardings
 from functrain.loop.signals import StopSignals
 from functrain.update.phases import Turn
 from functrain.update.stages import joins_within
@@ -33,7 +34,7 @@ class Plan:
     epochs: int | None
     steps: int | None
     unroll: int
-    sharding: jax.sharding.Sharding | None
+    sharding: Shardings
     log: Every
     rows: Rows
     hooks: Hooks

@@ -1,8 +1,10 @@
 """Several processes: what would train otherwise than it says is refused."""
 
+import re
 import socket
 import textwrap
 
+import numpy as np
 import pytest
 import warm
 
@@ -79,3 +81,93 @@ def test_a_batch_or_a_state_of_one_process_alone_is_refused_in_a_run_of_several(
     )
     assert one.startswith("UpdateError the batch lies in this process alone")
     assert len(digest) == 32
+
+
+MESHES = [((2, 4), ("a", "b")), ((4, 2), ("a", "b")), ((2, 2, 2), ("a", "b", "c"))]
+
+
+@pytest.mark.slow
+def test_the_rows_of_all_processes_cover_a_batch_and_those_that_share_rows_read_the_same():
+    printed = together(
+        f"""
+        from functrain.loop.batches import put, put_stacked
+        from functrain.loop.shares import share_of, shared
+
+        whole = [next(iter(data.over((0,), 1))), next(data.over((0,), 1).epoch(1))]
+        for shape, names in {MESHES}:
+            mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
+            for rows in [None, *names, names, names[::-1], (names[-1], names[0])]:
+                for columns in [None] if rows and len(rows) > 1 else [None, *(each for each in names if each != rows)]:
+                    sharding = jax.NamedSharding(mesh, jax.P(rows, columns))
+                    share, mine = share_of(sharding), shared(data, sharding)
+                    given = [next(mine.epoch(0)), next(mine.epoch(1))]
+                    assert len(given[0]["x"]) * share.of == 16 * len(share.slices)
+                    batch, stacked = put(given[0], sharding), put_stacked(given, sharding)
+                    for name in ("x", "y"):
+                        assert batch[name].shape == whole[0][name].shape
+                        for shard in batch[name].addressable_shards:
+                            np.testing.assert_array_equal(shard.data, whole[0][name][shard.index])
+                        for shard in stacked[name].addressable_shards:
+                            expected = np.stack([each[name] for each in whole])[shard.index]
+                            np.testing.assert_array_equal(shard.data, expected)
+                    print(*share.slices, share.of)
+        """,
+        processes=4, devices=2,
+    )  # fmt: skip
+    assert len({*map(len, printed)}) == 1
+    assert len(printed[0]) > 25
+    for line in zip(*printed, strict=True):
+        shares = [[*map(int, each.split())] for each in line]
+        assert {number for *slices, _ in shares for number in slices} == {*range(shares[0][-1])}
+
+
+def trained(processes, devices, shape):
+    """The losses, the last parameters and the result of an evaluation, of a run over a mesh of data and model."""
+    printed = together(
+        f"""
+        mesh = jax.make_mesh({shape}, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        sharding = jax.NamedSharding(mesh, jax.P("data"))
+        of_all = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+
+        def eval_step(params, batch):
+            return {{"loss": (batch["x"] @ params["w"] - batch["y"]) ** 2}}
+
+        valid = ft.from_arrays({{"x": xs[:40], "y": ys[:40]}}, 16, shuffle=False, last="pad")
+        result = ft.fit(
+            update, update.init(of_all), data, epochs=2, log=ft.Every(updates=1), sharding=sharding, progress=False,
+            evaluation=ft.Evaluation(eval_step, valid),
+        )
+        print([row["train/loss"] for row in result.history if "train/loss" in row], result.results["valid/loss"])
+        print(np.asarray(result.state.params["w"].addressable_data(0)).tolist())
+        """,
+        processes, devices,
+    )  # fmt: skip
+    assert all(each == printed[0] for each in printed)  # The digests of replicas agree.
+    return np.array([float(number) for number in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", " ".join(printed[0]))])
+
+
+@pytest.mark.slow
+def test_a_mesh_of_data_and_model_over_four_processes_trains_and_evaluates_as_one_process_does():
+    alone = trained(1, 8, (2, 4))
+    assert len(alone) == 8 + 1 + 4
+    for processes, devices, shape in ((4, 2, (2, 4)), (4, 2, (8, 1)), (2, 4, (4, 2))):
+        np.testing.assert_allclose(trained(processes, devices, shape), alone, rtol=2.5e-6)
+
+
+@pytest.mark.slow
+def test_processes_that_hold_the_same_rows_and_give_others_are_told():
+    printed = together(
+        """
+        mesh = jax.make_mesh((1, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        of_all = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+        mine = [{"x": xs[process::2][:8], "y": ys[process::2][:8]}]
+        told(lambda: ft.fit(
+            update, update.init(of_all), mine, epochs=1, sharding=jax.NamedSharding(mesh, jax.P("data")), progress=False
+        ))
+        """,
+        processes=2,
+    )
+    assert printed[0] == printed[1]
+    assert printed[0][0].startswith(
+        "FitError processes hold the same rows of 'x' and gave others: each reads those that its devices hold, as"
+    )

@@ -199,6 +199,19 @@ def test_files_are_artifacts_and_the_newest_is_there(server, tracker, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_final_numbers_are_metrics_once_however_often_they_are_given(server, tracker, tmp_path):
+    final = [{"of": "last", "step": 8, "numbers": {"test/accuracy": 0.75, "test/loss": "NaN"}}]
+    (tmp_path / "results.json").write_text(json.dumps({"format": 1, "final": final}))
+    for _ in range(2):
+        log = tracker("results")
+        log.resume(8)
+        log.artifact(tmp_path / "results.json")
+        log.close()
+    found = server.histories(server.run("results"))
+    assert found == {"final/last/test/accuracy": [(8, "0.75")], "final/last/test/loss": [(8, "nan")]}
+
+
+@pytest.mark.slow
 def test_a_run_that_ends_with_an_error_has_failed(server, tracker):
     class Failing(ft.Hook):
         def update_ended(self, run):

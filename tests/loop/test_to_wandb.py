@@ -145,6 +145,9 @@ def test_the_configuration_and_files_are_those_of_the_run(tmp_path):
     log.start({"width": 64, "rates": {"body": 0.001}, "far": math.inf})
     (tmp_path / "report.html").write_text("text")
     log.artifact(tmp_path / "report.html")
+    final = [{"of": "last", "step": 1, "numbers": {"test/accuracy": 0.75}}]
+    (tmp_path / "results.json").write_text(json.dumps({"format": 1, "final": final}))
+    log.artifact(tmp_path / "results.json")
     log.log(1, {"loss": 0.5})
     log.close()
     folder = next(tmp_path.glob("wandb/offline-run-*"))
@@ -152,6 +155,7 @@ def test_the_configuration_and_files_are_those_of_the_run(tmp_path):
     written = next(folder.glob("*.wandb")).read_bytes()
     assert b"rates" in written
     assert b"report.html" in written
+    assert b"final/last/test/accuracy" in written
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
-from runs import counted, update_of
+from runs import X, Y, counted, update_of
 
 import functrain as ft
 from functrain.errors import LogError
@@ -43,11 +44,14 @@ class Memory(Tracker):
             raise PermissionError(path.name)
         self._try(("file", path.name))
 
+    def _send_results(self, step, numbers):
+        self._try(("results", step, numbers))
+
     def _end(self, status):
         self._try(("end", status))
 
     def steps(self):
-        return [step for name, steps in self.calls if name == "rows" for step in steps]
+        return [step for name, *rest in self.calls if name == "rows" for step in rest[0]]
 
 
 def sent(memory, count):
@@ -174,6 +178,40 @@ def test_a_service_that_stays_away_is_waited_for_no_longer_than_patience_says():
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(told)}$"):
         memory.close()
+
+
+def test_what_comes_before_a_run_is_begun_is_of_the_run(tmp_path):
+    memory = Memory()
+    memory.start({"width": 64})
+    memory.artifact(tmp_path / "run.json")
+    memory.resume(7)
+    memory.close()
+    assert memory.calls == [("open", 7), ("config", {"width": 64}), ("file", "run.json"), ("end", "FINISHED")]
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_run_with_a_record_gives_its_configuration_its_rows_its_results_and_its_files(tmp_path, saves):
+    data = ft.from_arrays({"x": X, "y": Y}, batch_size=6)
+    final = ft.Evaluation(lambda params, batch: {"norm": batch["y"] ** 2}, data, name="test")
+    memory, record = Memory(), ft.Record(tmp_path / "run", config={"width": 64}, final=final)
+    options = {"checkpoints": ft.Checkpoints(tmp_path / "checkpoints")} if saves else {}
+    ft.fit(*counted(update_of()), epochs=2, log=ft.Every(updates=1), loggers=[memory], record=record, **options)
+    assert memory.calls[:2] == [("open", -1), ("config", {"width": 64})]
+    assert memory.steps() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert {"run.json", "results.json", "report.html"} <= {what for kind, what, *_ in memory.calls if kind == "file"}
+    ((step, numbers),) = [rest for kind, *rest in memory.calls if kind == "results"]
+    assert step == 8
+    assert numbers == {"final/last/test/norm": pytest.approx(np.mean(Y**2), rel=1e-5)}  # Sums in float32.
+
+
+@pytest.mark.parametrize("written", ["", "[]", '{"final": 3}', '{"final": [{"of": "last"}]}', "\xff"])
+def test_results_that_are_none_are_a_file_and_no_more(tmp_path, written):
+    (tmp_path / "results.json").write_bytes(written.encode("latin-1"))
+    memory = Memory()
+    memory.resume(-1)
+    memory.artifact(tmp_path / "results.json")
+    memory.close()
+    assert memory.calls == [("open", -1), ("file", "results.json"), ("end", "FINISHED")]
 
 
 def test_a_file_that_fails_holds_up_no_row_and_is_told():

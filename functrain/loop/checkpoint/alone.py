@@ -15,6 +15,7 @@ from functrain.loop.checkpoint.finding import Finder
 from functrain.loop.checkpoint.folder import Folder
 from functrain.loop.checkpoint.leaves import leaf_spec
 from functrain.loop.checkpoint.placement import HOST
+from functrain.loop.checkpoint.places import folder_of
 from functrain.loop.checkpoint.retention import Retention
 from functrain.loop.checkpoint.storage import Storage
 from functrain.tree.arrays import committed_sharding
@@ -41,7 +42,7 @@ def load_params(
     [1.0, 1.0]
 
     Args:
-      directory: the folder of checkpoints.
+      directory: the folder of checkpoints, or their address: what is read is kept in the user's cache.
       like: parameters, or `jax.ShapeDtypeStruct`s in their place: structure, shapes, dtypes, and where each leaf goes.
         What is no array in it, such as the functions in a module of Equinox, stays as it is.
       step: the number of a step, or a folder of `Checkpoints.steps()`; by default the newest sound one.
@@ -64,13 +65,14 @@ def load_model_state(
 
 
 def _load(field: str, directory: str | os.PathLike[str], like: Any, step: int | Path | None, best: bool | str) -> Any:
-    folder = Folder(Path(directory).absolute())
+    folder = folder_of(directory)
+    folder.look()
     if best is not False:
         if step is not None:
             raise CheckpointError(f"step={step} beside best={best!r}: give one of them")
         step = best_in(folder, Retention(), best if isinstance(best, str) else None)
         if step is None:
-            raise CheckpointError(f"no checkpoint in {folder.directory} has a finite value of what the best is kept by")
+            raise CheckpointError(f"no checkpoint in {folder.where} has a finite value of what the best is kept by")
     return _found(folder, step, lambda storage, checkpoint: _read(storage, checkpoint, field, like))[0]
 
 
@@ -107,7 +109,7 @@ def _found(folder: Folder, step: int | Path | None, read: Callable[[Storage, Pat
         for text in finder.told:
             warn(text)
     if found is None:
-        raise CheckpointError(f"there is no checkpoint in {folder.directory}: give the folder of a run's checkpoints")
+        raise CheckpointError(f"there is no checkpoint in {folder.where}: give the folder of a run's checkpoints")
     return found
 
 

@@ -2,9 +2,8 @@
 
 import contextlib
 import os
-import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,23 +15,19 @@ from functrain.loop.checkpoint.best import best_in, is_best
 from functrain.loop.checkpoint.contents import Beside
 from functrain.loop.checkpoint.describing import contents_of
 from functrain.loop.checkpoint.finding import Finder
-from functrain.loop.checkpoint.folder import Folder
-from functrain.loop.checkpoint.housekeeping import move_all, retain, set_aside
 from functrain.loop.checkpoint.leaves import named_leaves
-from functrain.loop.checkpoint.lock import Lock
+from functrain.loop.checkpoint.places import place_of
 from functrain.loop.checkpoint.processes import found_by_first
 from functrain.loop.checkpoint.reading import Restored, read
-from functrain.loop.checkpoint.retention import Mode, Retention
-from functrain.loop.checkpoint.staging import Staging
+from functrain.loop.checkpoint.retention import Best, Mode, Retention
 from functrain.loop.checkpoint.storage import Storage
 from functrain.loop.checkpoint.writer import Writer
 from functrain.loop.every import Every
+from functrain.loop.remote.limits import Limits
 from functrain.tree.text import listed_lines
 from functrain.tree.warn import warn
 from functrain.update.consumed import check_not_deleted
 from functrain.update.state import TrainState
-
-_ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/.*")
 
 
 class Checkpoints:
@@ -58,17 +53,25 @@ class Checkpoints:
     Close it, as `with` does, to let others write there; a program that ends without that ends its last save first.
 
     Args:
-      directory: a folder on a local or mounted file system; it is made.
+      directory: a folder on a local or mounted file system, which is made; or an address, `s3://bucket/digits`, `gs://`,
+        `az://`, `file://` or `memory://`, to which checkpoints are sent while training goes on.
       every: when `fit` saves; by default at the end of each epoch. Read by nothing but `fit`.
       keep_last: how many of the newest to keep.
       keep_best: a metric, such as "valid/loss", of which the best checkpoint is kept too; NaN is never best. Several,
-        each with its mode: {"valid/loss": "min", "valid/accuracy": "max"}.
+        each with its mode, how many, or both: {"valid/loss": 3, "valid/accuracy": "max", "valid/f1": ("max", 3)}.
       mode: "min" if a smaller metric is better, "max" if a larger one; of a loss or an error it need not be said.
       asynchronous: False to have `save` return when all is on disk.
       lock: False on a file system without locks, where you see to it that one process writes at a time.
+      staging: of an address, the folder here that is written to first; by default one in the user's cache.
+      limits: of an address, how long it may take.
+
+    Attributes:
+      directory: the folder; of an address the one here.
+      where: the folder or the address, for messages.
 
     Raises:
-      CheckpointError: a directory that is a file or an address of remote storage, or an option that is none of these.
+      CheckpointError: a directory that is a file, or an option that is none of these.
+      StorageError: an address that is none, or obstore is not installed; in methods, an address that can't be read.
     """
 
     def __init__(
@@ -77,22 +80,22 @@ class Checkpoints:
         *,
         every: Every | None = None,
         keep_last: int = 2,
-        keep_best: str | Mapping[str, Mode] | None = None,
+        keep_best: str | Mapping[str, Best] | None = None,
         mode: Mode | None = None,
         asynchronous: bool = True,
         lock: bool = True,
+        staging: str | os.PathLike[str] | None = None,
+        limits: Limits | None = None,
     ) -> None:
-        if _ADDRESS.fullmatch(os.fspath(directory)):  # A Path has made one slash of two.
-            raise CheckpointError(f"{os.fspath(directory)!r} is no folder: mount the storage, and give the path there")
         if every is not None and not isinstance(every, Every):
             raise CheckpointError(f"every={every!r}: give an Every, ft.Every(updates={every!r})")
-        self.directory = Path(directory).absolute()
         self.every = every or Every(epochs=1)
         self.retention = Retention.of(keep_last, keep_best, mode)
         self._asynchronous = asynchronous
-        self._folder, self._lock = Folder(self.directory), Lock(self.directory, wanted=lock)
-        self._staging, self._storage = Staging(self.directory), Storage()
-        self._writer = Writer(self._storage, self._staging)
+        self._place = place_of(directory, self.retention, lock=lock, staging=staging, limits=limits)
+        self._folder, self._storage = self._place.folder, Storage()
+        self.directory, self.where = self._folder.directory, self._folder.where
+        self._writer = Writer(self._storage, self._place.staging, self._place.sender)
 
     # Writing.
 
@@ -117,8 +120,9 @@ class Checkpoints:
         """
         leaves = _leaves_to_save(state)
         self.open()
+        self._place.check()
         with contextlib.suppress(SaveError):
-            self.wait()
+            self._writer.wait_for_disk()
         beside = Beside.of(data, metrics, extra)
         name = found_by_first(lambda: self._folder.next_name(state, beside.checksum))
         if name is None:
@@ -136,13 +140,17 @@ class Checkpoints:
                 "best": self.retention.best,
                 "time": time.time(),
             },
-            then=lambda newest: retain(self._folder, self._staging, self.retention, newest),
+            then=self._place.saved,
         )
         if not self._asynchronous:
             self.wait()
 
+    def send_first(self, call: Callable[[], None]) -> None:
+        """Has a function be called before a checkpoint is there at an address: what goes with it is there then."""
+        self._place.first = call
+
     def wait(self) -> None:
-        """Returns when the last save is on disk.
+        """Returns when the last save is on disk, and at the address if there is one.
 
         Raises:
           SaveError: it failed.
@@ -151,7 +159,7 @@ class Checkpoints:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the last save is on disk: it has ended, and did not fail."""
+        """Whether the last save is on disk, and at the address if there is one: it has ended, and did not fail."""
         return self._writer.is_whole
 
     def open(self) -> None:
@@ -163,14 +171,7 @@ class Checkpoints:
         """
         if self._writer.is_running:
             return
-        if jax.process_index() == 0:
-            try:
-                self._folder.make()
-                self._lock.acquire()
-                self._staging.open()
-            except OSError as error:
-                self._lock.release()
-                raise SaveError(f"the folder of checkpoints {self.directory} can't be written to: {error}") from error
+        self._place.open()
         self._writer.start()
 
     def close(self) -> None:
@@ -199,6 +200,7 @@ class Checkpoints:
 
     def steps(self) -> list[Path]:
         """The folders of the checkpoints, oldest first."""
+        self._look()
         return self._folder.checkpoints()
 
     def best(self, metric: str | None = None) -> Path | None:
@@ -210,6 +212,7 @@ class Checkpoints:
         Raises:
           CheckpointError: they keep no best by that metric.
         """
+        self._look()
         return best_in(self._folder, self.retention, metric)
 
     def is_best(self, metrics: Mapping[str, Any]) -> bool:
@@ -217,7 +220,7 @@ class Checkpoints:
         if not self.retention.best:
             return False
         with contextlib.suppress(SaveError):
-            self.wait()
+            self._writer.wait_for_disk()
         found = found_by_first(lambda: "it is" if is_best(self._folder, self.retention, metrics) else None)
         return found is not None
 
@@ -240,10 +243,12 @@ class Checkpoints:
         """
         _check_state(like, "restore(like=update.abstract(params))")
         with contextlib.suppress(SaveError):  # The next save tells.
-            self.wait()
-        asked, finder = Asked.of(like), Finder(self._folder, self._set_aside)
+            self._writer.wait_for_disk()
+        asked, finder = Asked.of(like), Finder(self._folder, lambda checkpoint: self._place.set_aside(checkpoint.name))
         try:
-            restored = finder.found(step, lambda checkpoint: read(self._storage, checkpoint, asked, regroup=regroup))
+            found_by_first(self._look)
+            with self._place.reading():
+                restored = finder.found(step, lambda found: read(self._storage, found, asked, regroup=regroup))
         finally:
             if not self._writer.is_running:
                 self._storage.close()
@@ -264,27 +269,20 @@ class Checkpoints:
         with contextlib.suppress(SaveError):
             self.wait()
         self.open()
-        name = found_by_first(lambda: move_all(self._folder))
+        name = self._place.move_all()
         return None if name is None else self.directory / name
 
     # The folder.
 
-    def _set_aside(self, checkpoint: Path) -> str:
-        """Renames a damaged checkpoint, where nobody else writes; returns what it is called now."""
-        is_reader, name = not self._writer.is_running, checkpoint.name
-        with contextlib.suppress(CheckpointError, SaveError, OSError):
-            self.open()
-            name = set_aside(checkpoint).name
-        if is_reader:
-            self._release()
-        return name
+    def _look(self) -> None:
+        """Finds out what others have written meanwhile; who writes knows."""
+        if not self._writer.is_running or jax.process_index() != 0:
+            self._folder.look()
 
     def _release(self) -> None:
         self._writer.stop()
         self._storage.close()
-        if self._lock.is_held:
-            self._staging.close()
-        self._lock.release()
+        self._place.close()
 
 
 def _leaves_to_save(state: TrainState) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from functrain.errors import CheckpointError
-from functrain.loop.checkpoint import manifest
 from functrain.loop.checkpoint.folder import Entry, Folder
 from functrain.loop.checkpoint.processes import found_by_first
 from functrain.loop.checkpoint.staging import is_being_published
@@ -48,10 +47,10 @@ class Finder:
             except CheckpointError:
                 raise
             except Exception as error:
-                if _is_verified(checkpoint):
+                if self._folder.is_verified(checkpoint):
                     raise CheckpointError(
-                        f"the checkpoint {checkpoint} is what was written, and yet can't be read: {error}; nothing was"
-                        " changed: start again, or restore another one, step="
+                        f"the checkpoint {self._folder.shown(checkpoint)} is what was written, and yet can't be read:"
+                        f" {error}; nothing was changed: start again, or restore another one, step="
                     ) from error
                 self._unreadable[checkpoint] = f"it has no manifest, and cannot be read: {error}"
         return None
@@ -68,11 +67,12 @@ class Finder:
 
     def _asked_for(self, step: int | Path) -> Path:
         checkpoint = self._folder.asked_for(step)
-        if problem := _damage(checkpoint) or self._unreadable.get(checkpoint):
+        if problem := self._damage(checkpoint) or self._unreadable.get(checkpoint):
             raise CheckpointError(
-                f"the checkpoint {checkpoint} is damaged: {problem}; restore another of {self._folder.names()}"
+                f"the checkpoint {self._folder.shown(checkpoint)} is damaged: {problem}; restore another of"
+                f" {self._folder.names()}"
             )
-        if not _is_verified(checkpoint):
+        if not self._folder.is_verified(checkpoint):
             self.told.append(f"the checkpoint {checkpoint} is unverified: it has no manifest of checksums")
         return checkpoint
 
@@ -88,8 +88,8 @@ class Finder:
                 continue
             newest_first = entries[::-1]
             for entry in sorted(newest_first, key=lambda entry: not entry.is_verified):
-                problem = _damage(entry.path) if entry.is_verified else self._unreadable.get(entry.path)
-                if entry.is_verified and not _is_verified(entry.path):
+                problem = self._damage(entry.path) if entry.is_verified else self._unreadable.get(entry.path)
+                if entry.is_verified and not self._folder.is_verified(entry.path):
                     break  # The process that writes has removed it.
                 if problem is None:
                     self._tell_unverified(entry, entries)
@@ -98,20 +98,20 @@ class Finder:
                 self._found_damaged(entry.path, problem)
             else:
                 raise self._none_is_sound()
-        raise CheckpointError(f"the checkpoints in {self._folder.directory} change faster than they can be read: stop"
+        raise CheckpointError(f"the checkpoints in {self._folder.where} change faster than they can be read: stop"
                               " the process that writes them")  # fmt: skip
 
     def _found_damaged(self, checkpoint: Path, problem: str) -> None:
         if checkpoint.name not in self._problems:
             self._problems[checkpoint.name] = problem
             self.told.append(
-                f"THE CHECKPOINT {checkpoint} IS DAMAGED and is not used: {problem}. What is left of it is kept as"
-                f" {self._set_aside(checkpoint)!r}"
+                f"THE CHECKPOINT {self._folder.shown(checkpoint)} IS DAMAGED and is not used: {problem}. What is left"
+                f" of it is kept as {self._set_aside(checkpoint)!r}"
             )
 
     def _tell_unverified(self, used: Entry, entries: list[Entry]) -> None:
         newer = [entry.path for entry in entries[entries.index(used) + 1 :] if not entry.is_verified]
-        strays = [path.name for path in newer if not is_being_published(path) and not _is_verified(path)]
+        strays = [path.name for path in newer if not is_being_published(path) and not self._folder.is_verified(path)]
         if not used.is_verified:
             self.told.append(f"the checkpoint {used.path} is unverified: it has no manifest of checksums")
         elif strays:
@@ -123,15 +123,29 @@ class Finder:
     def _tell_strays(self) -> None:
         if strays := self._folder.strays():
             self.told.append(
-                f"in {self._folder.directory}, {listed(strays)} is called like a checkpoint, and has no manifest, nor"
+                f"in {self._folder.where}, {listed(strays)} is called like a checkpoint, and has no manifest, nor"
                 " what is in every one of ours: it is left alone"
             )
+
+    def _damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint; None if it is what was written.
+
+        Raises:
+          CheckpointError: it can't be read.
+        """
+        try:
+            return self._folder.damage(checkpoint)
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint {self._folder.shown(checkpoint)} can't be read: {error}; nothing was changed: mend"
+                " that and start again, or restore another one, step="
+            ) from error
 
     def _none_is_sound(self) -> CheckpointError:
         lines = [f"{name}: {problem}" for name, problem in self._problems.items()]
         before = [name for name in self._folder.corrupt() if name.partition(".corrupt")[0] not in self._problems]
         return CheckpointError(
-            f"no checkpoint in {self._folder.directory} is sound:{listed_lines(lines + before)}\nbring a sound one"
+            f"no checkpoint in {self._folder.where} is sound:{listed_lines(lines + before)}\nbring a sound one"
             " back, or start anew, fit(..., fresh=True) or Checkpoints.start_anew(), which keeps what is there aside"
         )
 
@@ -144,22 +158,3 @@ def _read_twice(read: Callable[[Path], _Read], checkpoint: Path) -> _Read:
         raise
     except Exception:
         return read(checkpoint)
-
-
-def _is_verified(checkpoint: Path) -> bool:
-    return manifest.path_of(checkpoint).exists()
-
-
-def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is what was written.
-
-    Raises:
-      CheckpointError: it can't be read.
-    """
-    try:
-        return manifest.damage(checkpoint)
-    except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint {checkpoint} can't be read: {error}; nothing was changed: mend that and start again, or"
-            " restore another one, step="
-        ) from error

@@ -87,6 +87,30 @@ class Folder:
         self.directory = directory
         self._is_made = False
 
+    @property
+    def where(self) -> str:
+        """What the folder is called, for a message."""
+        return str(self.directory)
+
+    def shown(self, checkpoint: Path) -> str:
+        """What a checkpoint is called, for a message."""
+        return str(checkpoint)
+
+    def look(self) -> None:
+        """Finds out anew what is there, where that is not done each time."""
+
+    def is_verified(self, checkpoint: Path) -> bool:
+        """Whether there is a manifest of a checkpoint."""
+        return manifest.path_of(checkpoint).exists()
+
+    def damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with a checkpoint; None if it is in its folder, and is what was written.
+
+        Raises:
+          OSError: it can't be read.
+        """
+        return manifest.damage(checkpoint)
+
     def make(self) -> None:
         """Makes the directory, which from here on is there.
 
@@ -140,9 +164,7 @@ class Folder:
             return step.absolute()
         found = [entry.path for entry in self.entries() if entry.path.name.split("~")[0] == str(step)]
         if not found:
-            raise CheckpointError(
-                f"there is no checkpoint of step {step} in {self.directory}: there are {self.names()}"
-            )
+            raise CheckpointError(f"there is no checkpoint of step {step} in {self.where}: there are {self.names()}")
         return found[-1]
 
     def next_name(self, state: "TrainState", content: int) -> str | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 from functrain.errors import SaveError
@@ -62,13 +63,22 @@ def move_all(folder: Folder) -> str | None:
         return None
     places = (folder.directory / f"before-{number}" for number in itertools.count(1))
     place = next(place for place in places if not place.exists())
+    return move_to(place, [folder.directory / name for name in names]).name
+
+
+def move_to(place: Path, checkpoints: Iterable[Path]) -> Path:
+    """Moves checkpoints to a new folder; returns it.
+
+    Raises:
+      SaveError: one can't be moved.
+    """
     try:
         place.mkdir()
-        for name in names:
-            _move(folder.directory / name, place / name)
+        for checkpoint in checkpoints:
+            _move(checkpoint, place / checkpoint.name)
     except OSError as error:
-        raise SaveError(f"the checkpoints in {folder.directory} can't be moved aside: {error}") from error
-    return place.name
+        raise SaveError(f"the checkpoints in {place.parent} can't be moved aside: {error}") from error
+    return place
 
 
 def _move(checkpoint: Path, to: Path) -> None:

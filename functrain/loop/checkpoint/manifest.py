@@ -45,6 +45,15 @@ def load(checkpoint: Path) -> dict[str, Any] | None:
         written = path_of(checkpoint).read_bytes()
     except FileNotFoundError:
         return None
+    return parsed(written, path_of(checkpoint).name)
+
+
+def parsed(written: bytes, name: str) -> dict[str, Any]:
+    """What the bytes of a manifest say.
+
+    Raises:
+      ValueError: they are not what was written, or name files outside the checkpoint.
+    """
     try:
         outer = json.loads(written)
         body = json.loads(outer["body"]) if zlib.crc32(outer["body"].encode()) == outer["crc32"] else None
@@ -52,7 +61,7 @@ def load(checkpoint: Path) -> dict[str, Any] | None:
         body = None
     if isinstance(body, dict) and _is_manifest(body):
         return body
-    raise ValueError(f"{path_of(checkpoint).name!r} is not what was written")
+    raise ValueError(f"{name!r} is not what was written")
 
 
 def was_one(checkpoint: Path) -> bool:
@@ -121,9 +130,16 @@ def _is_manifest(body: Mapping[str, Any]) -> bool:
     files, metrics, best = body.get("files"), body.get("metrics"), body.get("best", {})
     if not isinstance(files, dict) or not isinstance(metrics, dict) or not isinstance(best, dict):
         return False
+    if not all(map(_is_within, files)):
+        return False
     numbers = [body.get("batches"), body.get("content"), *metrics.values()]
     entries = [isinstance(entry, list) and [*map(type, entry)] == [int, int] for entry in files.values()]
     return all(entries) and all(isinstance(number, int | float) for number in numbers)
+
+
+def _is_within(name: str) -> bool:
+    """Whether a file's name leads to no place outside the checkpoint, as it is read and written by that name."""
+    return not {"", ".", ".."} & {*name.split("/")} and "\0" not in name
 
 
 def _checksum(file: Path) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from functrain.errors import CheckpointError
 
@@ -12,6 +12,9 @@ Metrics = Mapping[str, Mapping[str, float]]
 """The metrics of each checkpoint by its name, oldest first."""
 
 Mode = Literal["min", "max"]
+
+Best = Mode | int | tuple[Mode, int]
+"""Which of a metric is better, how many of the best are kept, or both."""
 
 _LOSSES = re.compile(
     r"(.*[/_. -])?(loss|losses|error|errors|nll|mse|rmse|mae|perplexity|cross.?entropy)", re.IGNORECASE
@@ -47,13 +50,15 @@ class Retention:
     Attributes:
       last: how many of the newest are kept.
       best: the metrics of which the best is kept too, "min" or "max" by which of each is better; NaN is never best.
+      counts: how many of the best are kept by a metric; one where it is not said.
     """
 
     last: int = 2
     best: Mapping[str, Mode] = dataclasses.field(default_factory=dict)
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, last: int, best: str | Mapping[str, Mode] | None, mode: Mode | None) -> Self:
+    def of(cls, last: int, best: str | Mapping[str, Best] | None, mode: Mode | None) -> Self:
         """Makes one of the options of `Checkpoints`.
 
         Raises:
@@ -65,30 +70,55 @@ class Retention:
             raise CheckpointError(
                 f"mode={mode!r} beside keep_best={best!r}: it is that of one metric, keep_best='loss'"
             )
-        named = {best: mode} if isinstance(best, str) else best or {}
+        named: Mapping[str, Any] = {best: mode} if isinstance(best, str) else best or {}
+        pairs = {name: _pair(each) for name, each in named.items()}
         try:
-            return cls(last, {name: mode_of(name, each) for name, each in named.items()})
+            modes = {name: mode_of(name, each) for name, (each, _) in pairs.items()}
+            return cls(last, modes, {name: _count(count) for name, (_, count) in pairs.items()})
         except ValueError as error:
             raise CheckpointError(f"keep_best={best!r}: {error}") from None
 
     def kept(self, checkpoints: Metrics) -> set[str]:
         """The names of those that are kept."""
-        best = {self.best_of(checkpoints, metric) for metric in self.best}
-        return {*[*checkpoints][-self.last :], *(name for name in best if name is not None)}
+        best = [name for metric in self.best for name in self._best_of(checkpoints, metric)]
+        return {*[*checkpoints][-self.last :], *best}
 
     def best_of(self, checkpoints: Metrics, metric: str) -> str | None:
         """The name of the best by a metric; None if none has a finite value of it."""
+        return next(iter(self._best_of(checkpoints, metric)), None)
+
+    def _best_of(self, checkpoints: Metrics, metric: str) -> list[str]:
+        """The names of the best by a metric, as many as are kept, best first."""
         values = {name: float(metrics.get(metric, math.nan)) for name, metrics in checkpoints.items()}
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        return (min if self.best[metric] == "min" else max)(finite, key=lambda name: finite[name], default=None)
+        finite = [name for name, value in values.items() if math.isfinite(value)]
+        ranked = sorted(finite, key=lambda name: values[name], reverse=self.best[metric] == "max")
+        return ranked[: self.counts.get(metric, 1)]
 
     def is_best(self, metrics: Mapping[str, float], checkpoints: Metrics) -> bool:
-        """Whether one of the metrics has a finite value that is better than that of every checkpoint."""
+        """Whether one of the metrics has a finite value that is among the best, as many as are kept by it."""
         return any(self._is_better(metrics, checkpoints, metric) for metric in self.best)
 
     def _is_better(self, metrics: Mapping[str, float], checkpoints: Metrics, metric: str) -> bool:
-        value, best = float(metrics.get(metric, math.nan)), self.best_of(checkpoints, metric)
-        if best is None or not math.isfinite(value):
+        value, best = float(metrics.get(metric, math.nan)), self._best_of(checkpoints, metric)
+        if len(best) < self.counts.get(metric, 1) or not math.isfinite(value):
             return math.isfinite(value)
-        before = float(checkpoints[best][metric])
-        return value < before if self.best[metric] == "min" else value > before
+        last = float(checkpoints[best[-1]][metric])
+        return value < last if self.best[metric] == "min" else value > last
+
+
+def _count(count: object) -> int:
+    """How many of the best are kept.
+
+    Raises:
+      ValueError: it is no number of checkpoints.
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{count!r} of the best: write how many, such as {{'valid/accuracy': ('max', 3)}}")
+    return count
+
+
+def _pair(given: Any) -> tuple[Any, Any]:
+    """Which is better, None where it is not said, and how many are kept."""
+    if isinstance(given, tuple | list) and len(given) == 2:
+        return given[0], given[1]
+    return (None, given) if isinstance(given, int) else (given, 1)

@@ -11,6 +11,7 @@ import jax
 
 from functrain.errors import SaveError
 from functrain.loop.checkpoint.contents import Contents
+from functrain.loop.checkpoint.sending import Sender
 from functrain.loop.checkpoint.staging import Staging
 from functrain.loop.checkpoint.storage import Storage
 from functrain.tree.warn import warn
@@ -19,13 +20,15 @@ from functrain.tree.warn import warn
 class Writer:
     """A thread that finishes what was begun, and remembers a failure until a later checkpoint is whole.
 
-    Attributes:
-      failure: what the last write failed with; None where it did not.
+    Args:
+      storage: what writes.
+      staging: where to.
+      sender: what sends it elsewhere from there; None where it stays.
     """
 
-    def __init__(self, storage: Storage, staging: Staging) -> None:
-        self.failure: SaveError | None = None
-        self._storage, self._staging = storage, staging
+    def __init__(self, storage: Storage, staging: Staging, sender: Sender | None = None) -> None:
+        self._failure: SaveError | None = None
+        self._storage, self._staging, self._sender = storage, staging, sender
         self._thread: ThreadPoolExecutor | None = None
         self._finishing: Future[None] | None = None
 
@@ -36,11 +39,19 @@ class Writer:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all that was to be written is on disk."""
-        return (self._finishing is None or self._finishing.done()) and self.failure is None
+        """Whether all that was to be written is on disk, and where it is sent to."""
+        is_written = self._finishing is None or self._finishing.done()
+        return is_written and (self._sender is None or self._sender.is_done) and self.failure is None
+
+    @property
+    def failure(self) -> SaveError | None:
+        """What the last write failed with, or its being sent; None where it did not."""
+        return self._failure or (self._sender.failure if self._sender else None)
 
     def start(self) -> None:
         """Makes the thread."""
+        if self._sender is not None and jax.process_index() == 0:
+            self._sender.start()
         self._thread = ThreadPoolExecutor(1, "functrain-checkpoints")
         self._process = os.getpid()
         _RUNNING.add(self)
@@ -82,6 +93,16 @@ class Writer:
         self._finishing = self._thread.submit(self._finish, name, contents, summary, then)
 
     def wait(self) -> None:
+        """Returns when the last checkpoint is on disk, and is where it is sent.
+
+        Raises:
+          SaveError: it failed.
+        """
+        self.wait_for_disk()
+        if self._sender is not None:
+            self._sender.wait()
+
+    def wait_for_disk(self) -> None:
         """Returns when the last checkpoint is on disk.
 
         Raises:
@@ -90,14 +111,16 @@ class Writer:
         if self._finishing is not None:
             finishing, self._finishing = self._finishing, None
             finishing.result()
-        if self.failure is not None:
-            raise self.failure
+        if self._failure is not None:
+            raise self._failure
 
     def stop(self) -> None:
         """Ends the thread; it may be started again."""
         if self._thread is not None:
             self._thread.shutdown()
         self._thread = None
+        if self._sender is not None:
+            self._sender.stop()
 
     def _finish(self, name: str, contents: Contents, summary: Mapping[str, Any], then: Callable[[str], None]) -> None:
         try:
@@ -108,7 +131,7 @@ class Writer:
         except Exception as error:
             self._failed(name, error)
             return
-        self.failure = None
+        self._failure = None
         if jax.process_index() == 0:
             try:
                 then(name)
@@ -117,14 +140,14 @@ class Writer:
 
     def _failed(self, name: str, error: Exception) -> SaveError:
         path = self._staging.directory / name
-        self.failure = SaveError(
+        self._failure = SaveError(
             f"the checkpoint {path} could not be written: {type(error).__name__}: {error}; the one before it is whole,"
             " make room or mend the folder, the next save is tried as ever"
         )
         self._storage.give_up()
         if jax.process_index() == 0:
             self._staging.clear()
-        return self.failure
+        return self._failure
 
 
 _RUNNING: weakref.WeakSet[Writer] = weakref.WeakSet()

@@ -16,6 +16,7 @@ from functrain.loop.record.folder import RecordFolder
 from functrain.loop.record.masking import Masks
 from functrain.loop.record.sections import Began, Ended, Sections
 from functrain.loop.record.source import source_of
+from functrain.loop.remote.address import is_address
 from functrain.tree.warn import warn
 from functrain.update.state import TrainState
 from functrain.update.update import Update
@@ -123,6 +124,7 @@ class Keeper:
         place, mine = checkpoints.directory, self._folder.directory
         is_within = place.is_relative_to(mine)
         where = str(place.relative_to(mine)) if is_within else self._masks.text(str(place))
+        where = str(checkpoints.where) if is_address(checkpoints.where) else where
         return {"directory": where, "keep_best": dict(checkpoints.retention.best)}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -28,6 +29,7 @@ class Outbox:
         self._thread: ThreadPoolExecutor | None = None
         self._sending: Future[None] | None = None
         self._is_told = False
+        self._at_it = threading.Lock()
 
     def bring(self, step: int) -> None:
         """Brings the record of a run that goes on from a step, where this machine has less of it.
@@ -68,8 +70,6 @@ class Outbox:
 
     def sent(self) -> None:
         """Returns when all that is in the folder now is there, or was told not to be."""
-        if self._sending is not None:
-            self._sending.result()
         self._send()
 
     def close(self) -> None:
@@ -82,9 +82,10 @@ class Outbox:
     def _send(self) -> None:
         directory = self._folder.directory
         try:
-            for pattern in (LOG, *FILES):
-                for path in sorted(directory.glob(pattern)):
-                    self._send_one(path, path.relative_to(directory).as_posix())
+            with self._at_it:
+                for pattern in (LOG, *FILES):
+                    for path in sorted(directory.glob(pattern)):
+                        self._send_one(path, path.relative_to(directory).as_posix())
         except (StorageError, OSError) as error:
             if not self._is_told:
                 self._is_told = True

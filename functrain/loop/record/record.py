@@ -1,7 +1,7 @@
 """The record of a run: what was trained by what, how it went, how it ended; for people, beside its checkpoints."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +25,7 @@ from functrain.loop.record.sections import Began, Ended, How
 from functrain.loop.remote.address import cache_of, is_address
 from functrain.loop.remote.store import Store
 from functrain.loop.run import Run
+from functrain.loop.shares import Shardings
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 
@@ -209,7 +210,7 @@ class Record(Hook):
         if moved is not None:
             print(f"a new run begins; the record of the one before is kept in {moved}")
 
-    def prepare(self, update: Update, state: TrainState, sharding: jax.sharding.Sharding | None) -> None:
+    def prepare(self, update: Update, state: TrainState, sharding: Shardings) -> None:
         """Finds a mistake in the final evaluations before the first update, on shapes.
 
         Raises:
@@ -253,6 +254,11 @@ class Record(Hook):
             self._keeper.results = self._folder.results()
         else:
             self._keeper.conclude(run.state)
+
+    @property
+    def sent(self) -> Callable[[], None] | None:
+        """Of a record at an address, what returns when all that was written is there."""
+        return None if self._outbox is None else self._outbox.sent
 
     def _note(self, run: Run) -> None:
         self._keeper.note(run.state, run.batch)

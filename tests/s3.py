@@ -1,7 +1,7 @@
 """An S3 API on loopback, and a proxy before it that has faults."""
 
 import contextlib
-import json
+import itertools
 import os
 import re
 import select
@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import urllib.request
+
+import pytest
 
 SERVER = """
 import logging, sys
@@ -137,5 +139,31 @@ def objects(store):
     return sorted(name for name in store.listed() if not name.startswith(".functrain/"))
 
 
-def printed(process):
-    return json.loads(process.stdout.readline())
+_NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def server():
+    """An S3 API on loopback."""
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(server, monkeypatch):
+    """An address in a bucket of its own, which this process has the environment for."""
+    for name, value in environment(server.url).items():
+        monkeypatch.setenv(name, value)
+    bucket = f"bucket-{next(_NUMBERS)}"
+    server.make(bucket)
+    return f"s3://{bucket}/digits"
+
+
+@pytest.fixture
+def proxy(s3, server, monkeypatch):
+    """What stands between this process and the storage."""
+    proxy = Proxy(server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    yield proxy
+    proxy.stop()

@@ -1,0 +1,122 @@
+"""Which rows of a batch each process reads: those that its devices hold."""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from functrain.errors import FitError
+from functrain.loop.data import Data
+from functrain.tree.paths import flatten
+
+Shardings: TypeAlias = Any
+"""A sharding for all leaves of a batch, or a tree of them that begins as the batch does."""
+
+
+class Share(NamedTuple):
+    """The share of a process in a batch: of so many equal slices of its rows those with these numbers.
+
+    >>> share_of(jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    Share(slices=(0,), of=1)
+    """
+
+    slices: tuple[int, ...]
+    of: int
+
+
+def share_of(sharding: jax.sharding.Sharding, axis: int = 0) -> Share:
+    """The slices of an axis that the devices of this process hold."""
+    count = sharding.num_devices
+    rank = len(sharding.spec) if isinstance(sharding, jax.NamedSharding) else 1
+    # A number of rows that any part of the devices divides.
+    pieces = sharding.addressable_devices_indices_map((count,) * max(rank, axis + 1)).values()
+    rows = {piece[axis].indices(count)[:2] for piece in pieces if piece is not None}
+    length = next(stop - start for start, stop in rows)
+    return Share(tuple(sorted(start // length for start, _ in rows)), count // length)
+
+
+def shared(data: Any, sharding: Shardings) -> Any:
+    """Data of `from_arrays` and `from_tfds` with the share that this process's devices hold; other data as it is."""
+    first = first_of(sharding)
+    if not isinstance(data, Data) or first is None or jax.process_count() == 1:
+        return data
+    return data.over(*share_of(first))
+
+
+def first_of(sharding: Shardings) -> jax.sharding.Sharding | None:
+    """The sharding by which rows are cut: of a tree of them the first."""
+    return next(iter(jax.tree.leaves(sharding, is_leaf=_is_sharding)), None)
+
+
+def for_rank(sharding: jax.sharding.Sharding, rank: int) -> jax.sharding.Sharding:
+    """A sharding for an array of a rank: of a longer spec its beginning."""
+    if isinstance(sharding, jax.NamedSharding) and len(sharding.spec) > rank:
+        return sharding.update(spec=jax.P(*sharding.spec[:rank]))
+    return sharding
+
+
+def each_with(call: Any, sharding: Shardings, batch: Any) -> Any:
+    """A batch of what a function makes of each leaf and its sharding, for the leaf's rank."""
+
+    def of_branch(here: Any, branch: Any) -> Any:
+        return jax.tree.map(lambda leaf: call(leaf, for_rank(here, np.ndim(leaf))), branch)
+
+    return jax.tree.map(of_branch, sharding, batch, is_leaf=_is_sharding)
+
+
+def assembled(leaf: Any, sharding: jax.sharding.Sharding, axis: int = 0) -> jax.Array:
+    """An array of all processes, of which each gives the rows of its share along an axis, and other axes whole."""
+    given = np.asarray(leaf)
+    if given.ndim <= axis:
+        return jax.make_array_from_callback(given.shape, sharding, lambda index: given[index or ()])
+    share = share_of(sharding, axis)
+    length, rest = divmod(given.shape[axis], len(share.slices))
+    if rest:
+        raise FitError(
+            f"this process holds {len(share.slices)} of the {share.of} slices of a batch, and was given"
+            f" {given.shape[axis]} rows: give a multiple of {len(share.slices)}"
+        )
+    whole = length * share.of
+
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        start, stop, _ = index[axis].indices(whole)
+        first = share.slices.index(start // length) * length if length else 0
+        return np.asarray(given[*index[:axis], first : first + stop - start, *index[axis + 1 :]])
+
+    shape = (*given.shape[:axis], whole, *given.shape[axis + 1 :])
+    return jax.make_array_from_callback(shape, sharding, piece)
+
+
+def check_sharers(batch: Mapping[str, Any] | Any) -> None:
+    """Raises where processes hold the same rows of a batch and gave others: each would train on its own.
+
+    Raises:
+      FitError: in every process; it names a leaf.
+    """
+    for path, leaf in flatten(batch).items():
+        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+            continue
+        places = {str(index): place for place, index in enumerate(_indices(leaf))}
+        sums = np.full(len(places), -1, np.int32)  # JAX takes 32 bits.
+        for shard in leaf.addressable_shards:
+            sums[places[str(shard.index)]] = zlib.crc32(np.asarray(shard.data).tobytes()) >> 1
+        found = np.asarray(multihost_utils.process_allgather(sums))
+        most = found.max(0)
+        if np.any((found != -1) & (found != most)):
+            raise FitError(
+                f"processes hold the same rows of {path or 'the batch'!r} and gave others: each reads those that its"
+                " devices hold, as ft.from_arrays does with fit(..., sharding=)"
+            )
+
+
+def _indices(leaf: jax.Array) -> list[Any]:
+    found = leaf.sharding.devices_indices_map(leaf.shape).values()
+    return list({str(index): index for index in found}.values())
+
+
+def _is_sharding(value: Any) -> bool:
+    return isinstance(value, jax.sharding.Sharding)
