@@ -22,15 +22,18 @@ def run(arguments: Namespace) -> Answer:
       LogError: matplotlib is not installed.
       OSError: it can't be written.
     """
-    runs = [place_of(each).directory for each in arguments.runs]
+    places = [place_of(each) for each in arguments.runs]
+    runs, named = [place.directory for place in places], [place.address or str(place.directory) for place in places]
     out = None if arguments.out is None else absolute(arguments.out)
     if len(runs) == 1:
+        if places[0].address is not None and out is None:  # Nothing is written to the address.
+            out = absolute(f"{named[0].rstrip('/').rpartition('/')[2]}-report")
         written = write(runs[0], out)
-        data = {"run": str(runs[0]), **_files(written)}
+        data = {"run": named[0], **_files(written)}
         return Answer(_where(written), data, notes=written.problems)
     written, found = compare(runs, out or absolute(_COMPARISON))
     data = {
-        "runs": dict(zip(found.names, map(str, runs), strict=True)),
+        "runs": dict(zip(found.names, named, strict=True)),
         "configuration": found.configuration,
         "results": found.results,
         **_files(written),

@@ -16,9 +16,9 @@ from functrain.loop.checkpoint.contents import Beside
 from functrain.loop.checkpoint.describing import contents_of
 from functrain.loop.checkpoint.finding import Finder
 from functrain.loop.checkpoint.leaves import named_leaves
-from functrain.loop.checkpoint.places import place_of
 from functrain.loop.checkpoint.processes import found_by_first
 from functrain.loop.checkpoint.reading import Restored, read
+from functrain.loop.checkpoint.remote import place_of
 from functrain.loop.checkpoint.retention import Best, Mode, Retention
 from functrain.loop.checkpoint.storage import Storage
 from functrain.loop.checkpoint.writer import Writer

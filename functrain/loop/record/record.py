@@ -16,7 +16,8 @@ from functrain.loop.evaluations import prepared
 from functrain.loop.hooks import Hook
 from functrain.loop.lines import LOG
 from functrain.loop.logs import JsonLines
-from functrain.loop.record.folder import FILES, RecordFolder
+from functrain.loop.record.files import FILES
+from functrain.loop.record.folder import RecordFolder
 from functrain.loop.record.keeping import Keeper, said
 from functrain.loop.record.masking import masks_of_this_process
 from functrain.loop.record.outbox import Outbox
