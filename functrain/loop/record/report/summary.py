@@ -13,7 +13,7 @@ from functrain.loop.record.words import alike, duration, ended_in_words, moment,
 from functrain.tree.text import bytes_in_words
 
 _MOST = 12
-_FIRST = ("python", "functrain", "jax", "jaxlib", "optax", "numpy")
+FIRST_VERSIONS = ("python", "functrain", "jax", "jaxlib", "optax", "numpy")
 
 
 def lead(left: Left) -> str:
@@ -157,12 +157,12 @@ def environment(left: Left) -> Table | None:
     """The command, the device, the commit and the versions that matter most."""
     said: dict[str, Any] = {"command": " ".join(left.recorded.command)} if left.recorded.command else {}
     said |= {"device": left.recorded.device, "git": left.recorded.git, "source": left.recorded.source}
-    return _named(said | {"version": {name: each for name, each in _versions(left).items() if name in _FIRST}})
+    return _named(said | {"version": {name: each for name, each in _versions(left).items() if name in FIRST_VERSIONS}})
 
 
 def versions(left: Left) -> Table | None:
     """The versions of all else."""
-    return _named({name: each for name, each in _versions(left).items() if name not in _FIRST})
+    return _named({name: each for name, each in _versions(left).items() if name not in FIRST_VERSIONS})
 
 
 def warnings(left: Left) -> Table | None:
