@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import jax
-
 from functrain.errors import CheckpointError, SaveError
 from functrain.loop.checkpoint.asked import Asked
 from functrain.loop.checkpoint.best import best_in, is_best
@@ -198,7 +196,7 @@ class Checkpoints:
 
     def steps(self) -> list[Path]:
         """The folders of the checkpoints, oldest first."""
-        self._look()
+        self._place.look()
         return self._folder.checkpoints()
 
     def best(self, metric: str | None = None) -> Path | None:
@@ -210,7 +208,7 @@ class Checkpoints:
         Raises:
           CheckpointError: they keep no best by that metric.
         """
-        self._look()
+        self._place.look()
         return best_in(self._folder, self.retention, metric)
 
     def is_best(self, metrics: Mapping[str, Any]) -> bool:
@@ -244,7 +242,7 @@ class Checkpoints:
             self._writer.wait_for_disk()
         asked, finder = Asked.of(like), Finder(self._folder, lambda checkpoint: self._place.set_aside(checkpoint.name))
         try:
-            found_by_first(self._look)
+            found_by_first(self._place.look)
             with self._place.reading():
                 restored = finder.found(step, lambda found: read(self._storage, found, asked, regroup=regroup))
         finally:
@@ -269,11 +267,6 @@ class Checkpoints:
         self.open()
         name = self._place.move_all()
         return None if name is None else self.directory / name
-
-    def _look(self) -> None:
-        """Finds out what others have written meanwhile; who writes knows."""
-        if not self._writer.is_running or jax.process_index() != 0:
-            self._folder.look()
 
     def _release(self) -> None:
         self._writer.stop()

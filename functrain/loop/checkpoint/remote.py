@@ -101,6 +101,16 @@ class Remote(Local):
         if self._lease is not None and not self._lease.is_held:
             self._lease.check()
 
+    def look(self) -> None:
+        """Lists the address; who writes there knows what is there.
+
+        Raises:
+          StorageError: it can't be listed.
+          CheckpointError: it is that of one checkpoint.
+        """
+        if self._lease is None:
+            self.folder.look()
+
     def saved(self, newest: str) -> None:
         """Has a checkpoint be sent, and removes here what is there already."""
         self._newest = newest
