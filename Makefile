@@ -31,6 +31,7 @@ soak: .venv/.dev
 	-$(BIN)/python tests/attack --most 100 --orbax
 	SOAK=20 $(BIN)/pytest -q -n 2 tests/optim/test_multi_transform.py tests/auditing/test_audit.py
 	SOAK=20 $(BIN)/pytest -q -n 2 tests/optim/test_optax_own.py tests/optim/test_all_of_optax.py
+	SOAK=25 $(BIN)/pytest -q -s tests/loop/checkpoint/test_remote_kills.py -k again_and_again
 	SOAK=20 $(BIN)/pytest -q -n 2 tests/update/test_extra_arguments.py tests/loop/test_waiting.py
 
 bench: .venv/.bench
@@ -38,6 +39,7 @@ bench: .venv/.bench
 	$(BIN)/python benchmarks/update.py
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/record.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/checkpoint.py --leave-a-core
 

@@ -29,18 +29,18 @@ BEGUN = 2000  # Updates after which what is done once, such as finding the run i
 
 
 class Timed(ft.Hook):
-    """The seconds from when a run has begun to its last update."""
+    """The seconds from when a run has begun to its last update, and those of the processor."""
 
     def update_ended(self, run: ft.Run) -> None:
         if run.step == BEGUN:
-            self.began = time.perf_counter()
+            self.began = time.perf_counter(), time.process_time()
 
     def run_ended(self, run: ft.Run, error: object) -> None:
-        self.seconds = time.perf_counter() - self.began
+        self.seconds = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
 
 
-def compared(cases: Mapping[str, Callable[[Path, Timed], object]], rounds: int) -> dict[str, tuple[float, float]]:
-    """The medians, over interleaved rounds, of ratios to the first case: of the updates once it has begun, and of all.
+def compared(cases: Mapping[str, Callable[[Path, Timed], object]], rounds: int) -> dict[str, tuple[float, ...]]:
+    """The medians, over interleaved rounds, of ratios to the first case: of time, processor time, and time in all.
 
     Args:
       cases: each runs `fit` with this hook, and may use this folder.
@@ -54,7 +54,7 @@ def compared(cases: Mapping[str, Callable[[Path, Timed], object]], rounds: int) 
                 cases[name](Path(directory), timed)
                 whole = time.perf_counter() - start
             if i >= 0:
-                times[name].append((timed.seconds, whole))
+                times[name].append((*timed.seconds, whole))
     ratios = {name: np.array(times[name]) / np.array(times[names[0]]) for name in names}
     return {name: tuple(statistics.median(column) for column in each.T) for name, each in ratios.items()}
 
@@ -102,7 +102,7 @@ def trackers(rounds: int, steps: int) -> None:
             },
             rounds,
         )
-    rows = [("beside JSON lines", "updates", f"the whole run of {steps:,}")]
+    rows = [("beside JSON lines", "once it has begun", "of the processor", f"the whole run of {steps:,}")]
     rows += [(name, *(f"{ratio:.3f}" for ratio in each)) for name, each in ratios.items()]
     print_table("Trackers", rows)
 

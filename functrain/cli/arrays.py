@@ -5,8 +5,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from functrain.cli.place import absolute, checkpoints_of, is_checkpoint
-from functrain.loop.checkpoint.folder import Folder
+from functrain.cli.place import meant
 
 if TYPE_CHECKING:
     from functrain.loop.checkpoint.alone import Leaves
@@ -19,12 +18,12 @@ def leaves_in(given: str, is_asked: Callable[[str], bool]) -> tuple["Leaves", tu
 
     Raises:
       CheckpointError: there is none, or it is damaged.
+      StorageError: an address that can't be read.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # A GPU is for who trains.
     from functrain.loop.checkpoint.alone import host_leaves
 
-    path = absolute(given)
-    folder, step = (Folder(path.parent), path) if is_checkpoint(path) else (checkpoints_of(given), None)
+    folder, step = meant(given)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         leaves = host_leaves(folder, step, is_asked)

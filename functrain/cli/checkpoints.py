@@ -17,7 +17,7 @@ def run(arguments: Namespace) -> Answer:
     """Lists the checkpoints of a folder, oldest first."""
     folder = checkpoints_of(arguments.run)
     rows, aside = [_row(look) for look in looks(folder)], folder.corrupt()
-    data = {"directory": str(folder.directory), "checkpoints": rows, "set_aside": aside}
+    data = {"directory": folder.where, "checkpoints": rows, "set_aside": aside}
     lines = [_table(rows)] if rows else ["there is no checkpoint but what was set aside"]
     lines += [f"{row['name']}: {problem}" for row in rows for problem in row["problems"]]
     lines += [f"set aside as damaged: {listed(aside)}"] if aside else []

@@ -32,8 +32,8 @@ def run(arguments: Namespace) -> Answer:
     only = {"a": sorted(a.named.keys() - b.named.keys()), "b": sorted(b.named.keys() - a.named.keys())}
     is_equal = all(leaf["equal"] for leaf in leaves.values()) and not only["a"] and not only["b"]
     data = {
-        "a": str(a.checkpoint),
-        "b": str(b.checkpoint),
+        "a": a.shown,
+        "b": b.shown,
         "equal": is_equal,
         "parts": _by_part(leaves),
         "leaves": leaves,

@@ -38,7 +38,7 @@ def run(arguments: Namespace) -> Answer:
     parts = sorted({part_of[name] for name in found.named})
     if unknown := [part for part in arguments.part or () if part not in parts]:
         raise CheckpointError(
-            f"there is no part {listed(unknown)} in {found.checkpoint}: there are"
+            f"there is no part {listed(unknown)} in {found.shown}: there are"
             f" {listed(parts)}{did_you_mean(unknown, parts)}"
         )
     asked = arguments.part or parts
@@ -47,7 +47,7 @@ def run(arguments: Namespace) -> Answer:
     _write(leaves, out, about)
     size = out.stat().st_size
     data = {
-        "checkpoint": str(found.checkpoint),
+        "checkpoint": found.shown,
         "file": str(out),
         "parts": asked,
         "bytes": size,

@@ -22,15 +22,17 @@ def run(arguments: Namespace) -> Answer:
       LogError: matplotlib is not installed.
       OSError: it can't be written.
     """
-    runs = [place_of(each).directory for each in arguments.runs]
+    places = [place_of(each) for each in arguments.runs]
+    runs = [place.directory for place in places]
     out = None if arguments.out is None else absolute(arguments.out)
     if len(runs) == 1:
-        written = write(runs[0], out)
-        data = {"run": str(runs[0]), **_files(written)}
+        # What was brought from an address is deleted when the command ends.
+        written = write(runs[0], absolute(runs[0].name) if out is None and places[0].address else out)
+        data = {"run": places[0].address or str(runs[0]), **_files(written)}
         return Answer(_where(written), data, notes=written.problems)
     written, found = compare(runs, out or absolute(_COMPARISON))
     data = {
-        "runs": dict(zip(found.names, map(str, runs), strict=True)),
+        "runs": dict(zip(found.names, (place.address or str(place.directory) for place in places), strict=True)),
         "configuration": found.configuration,
         "results": found.results,
         **_files(written),

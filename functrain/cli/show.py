@@ -27,7 +27,7 @@ def run(arguments: Namespace) -> Answer:
     left = read_left(place.directory)
     curves = results_in(left.log.curves, everything=arguments.all)
     data = {
-        "run": str(left.checkpoints_in),
+        "run": place.folder.where,
         "record": _record(left.recorded) if left.has_record else None,
         "final": [final._asdict() for final in left.final],
         "trained": _trained(left),
@@ -37,12 +37,12 @@ def run(arguments: Namespace) -> Answer:
         "checkpoints": [saved.name for saved in left.checkpoints],
         "best": left.best(),
         "log": {
-            "path": None if left.log_path is None else str(left.log_path),
+            "path": None if left.log_path is None else place.said(str(left.log_path)),
             "rows": left.log.rows,
             "damaged": left.log.damaged,
             "repeated": left.log.repeated,
         },
-        "problems": [*left.problems],
+        "problems": [place.said(problem) for problem in left.problems],
     }
     return Answer(_text(arguments.run, left, data, curves), data)
 

@@ -30,11 +30,11 @@ def looks(folder: Folder) -> Iterator[Look]:
                 yield Look(entry, "unverified", ["it has no manifest of checksums"])
             continue
         try:
-            problems = manifest.damages(entry.path)
+            problems = folder.damages(entry.path)
         except OSError as error:
             yield Look(entry, "unreadable", [f"it can't be read: {error}"])
             continue
         if not problems:
             yield Look(entry, "sound", [])
-        elif manifest.path_of(entry.path).exists():
+        elif folder.is_verified(entry.path):
             yield Look(entry, "damaged", problems)

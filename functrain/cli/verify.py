@@ -35,7 +35,7 @@ def run(arguments: Namespace) -> Answer:
     if aside:
         lines.append(f"set aside as damaged before: {listed(aside)}")
     data = {
-        "directory": str(folder.directory),
+        "directory": folder.where,
         "sound": bool(found) and codes == {0},
         "checkpoints": [
             {"name": look.entry.path.name, "state": look.state, "problems": look.problems} for look in found

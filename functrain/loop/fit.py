@@ -243,7 +243,8 @@ def _start_anew(plan: Plan) -> Path | None:
     if jax.process_index() == 0:
         if (log := checkpoints.directory / LOG).exists():
             log.rename(aside / LOG)
-        print(f"a new run begins; what was in {checkpoints.directory} is kept in {aside}")
+        where = checkpoints.where
+        print(f"a new run begins; what was in {where} is kept in {where}/{aside.name}")
     return aside if plan.record is not None and plan.record.directory == checkpoints.directory else None
 
 
@@ -284,11 +285,12 @@ def _go_through(
 def _train(run: Run, plan: Plan, signals: StopSignals, shown: Shown, restored: Restored | None) -> None:
     """Trains, and says of a run that was there before where it goes on, or that nothing is left of it."""
     is_over, stood = is_through(run, plan), (run.step, run.epoch)
+    where = plan.saver.checkpoints.where if plan.saver else ""
     if restored is not None and not is_over:
-        shown.say(went_on(run, restored.path))
+        shown.say(went_on(run, f"{where}/{restored.path.name}"))
     train(run, plan, signals, shown.update)
     if restored is not None and is_over and (run.step, run.epoch) == stood:
-        shown.say(nothing_to_do(run, restored.path.parent))
+        shown.say(nothing_to_do(run, where))
 
 
 def _take_best(run: Run, plan: Plan, *, regroup: bool) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -40,16 +39,16 @@ def progress_shown(
         yield Shown(_lines(run), _say)
 
 
-def went_on(run: Run, path: Path) -> str:
+def went_on(run: Run, checkpoint: str) -> str:
     """From which checkpoint a run goes on, in a line."""
-    return f"went on from {path}, step {run.step:,}, epoch {run.epoch}"
+    return f"went on from {checkpoint}, step {run.step:,}, epoch {run.epoch}"
 
 
-def nothing_to_do(run: Run, directory: Path) -> str:
+def nothing_to_do(run: Run, where: str) -> str:
     """Why a run made no step, in a line."""
     why = f" ({run.stopped})" if run.stopped else ""
     return (
-        f"{directory} was finished at step {run.step:,}, epoch {run.epoch}{why}: nothing to do; for another run give"
+        f"{where} was finished at step {run.step:,}, epoch {run.epoch}{why}: nothing to do; for another run give"
         " another folder, or fit(..., fresh=True)"
     )
 

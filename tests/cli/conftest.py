@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from s3 import proxy, s3, server  # noqa: F401
 
 from cli.digits import trained
 from functrain.cli.main import main

@@ -77,9 +77,10 @@ def _load(field: str, directory: str | os.PathLike[str], like: Any, step: int | 
 
 
 class Leaves(NamedTuple):
-    """Leaves of a checkpoint by name, on the host; which one it is, and what else it holds."""
+    """Leaves of a checkpoint by name, on the host; which one it is, for a message too, and what else it holds."""
 
     checkpoint: Path
+    shown: str
     contents: Contents
     named: dict[str, np.ndarray]
 
@@ -94,7 +95,9 @@ def host_leaves(folder: Folder, step: int | Path | None, is_asked: Callable[[str
     def read(storage: Storage, checkpoint: Path) -> Leaves:
         contents = storage.contents(checkpoint)
         places = dict.fromkeys(filter(is_asked, contents.specs), HOST)
-        return Leaves(checkpoint, contents, storage.leaves(checkpoint, contents, places, only=places))
+        return Leaves(
+            checkpoint, folder.shown(checkpoint), contents, storage.leaves(checkpoint, contents, places, only=places)
+        )
 
     return _found(folder, step, read)
 

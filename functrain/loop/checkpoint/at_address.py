@@ -97,6 +97,12 @@ class AddressFolder(Folder):
             self._adopt_alone()
         return self.mirror.fetch(name, self.directory)
 
+    def damages(self, checkpoint: Path) -> list[str]:
+        """As of a folder; what is at the address is read there, and not brought here."""
+        if checkpoint.parent != self.directory or checkpoint.name not in self.mirror.known:
+            return super().damages(checkpoint)
+        return [*self.mirror.damages(checkpoint.name)]
+
     def unsent(self) -> list[str]:
         """The names of the checkpoints that are here and not at the address, oldest first."""
         entries = self._of_folder(self._here())

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import jax
-
 from functrain.errors import CheckpointError, SaveError
 from functrain.loop.checkpoint.asked import Asked
 from functrain.loop.checkpoint.best import best_in, is_best
@@ -16,9 +14,9 @@ from functrain.loop.checkpoint.contents import Beside
 from functrain.loop.checkpoint.describing import contents_of
 from functrain.loop.checkpoint.finding import Finder
 from functrain.loop.checkpoint.leaves import named_leaves
-from functrain.loop.checkpoint.places import place_of
 from functrain.loop.checkpoint.processes import found_by_first
 from functrain.loop.checkpoint.reading import Restored, read
+from functrain.loop.checkpoint.remote import place_of
 from functrain.loop.checkpoint.retention import Best, Mode, Retention
 from functrain.loop.checkpoint.storage import Storage
 from functrain.loop.checkpoint.writer import Writer
@@ -97,8 +95,6 @@ class Checkpoints:
         self.directory, self.where = self._folder.directory, self._folder.where
         self._writer = Writer(self._storage, self._place.staging, self._place.sender)
 
-    # Writing.
-
     def save(
         self, state: TrainState, *, data: Any = None, metrics: Mapping[str, float] | None = None, extra: Any = None
     ) -> None:
@@ -146,7 +142,7 @@ class Checkpoints:
             self.wait()
 
     def send_first(self, call: Callable[[], None]) -> None:
-        """Has a function be called before a checkpoint is there at an address: what goes with it is there then."""
+        """Has a function be called before a checkpoint is at an address: what goes with it is there then."""
         self._place.first = call
 
     def wait(self) -> None:
@@ -200,7 +196,7 @@ class Checkpoints:
 
     def steps(self) -> list[Path]:
         """The folders of the checkpoints, oldest first."""
-        self._look()
+        self._place.look()
         return self._folder.checkpoints()
 
     def best(self, metric: str | None = None) -> Path | None:
@@ -212,7 +208,7 @@ class Checkpoints:
         Raises:
           CheckpointError: they keep no best by that metric.
         """
-        self._look()
+        self._place.look()
         return best_in(self._folder, self.retention, metric)
 
     def is_best(self, metrics: Mapping[str, Any]) -> bool:
@@ -246,7 +242,7 @@ class Checkpoints:
             self._writer.wait_for_disk()
         asked, finder = Asked.of(like), Finder(self._folder, lambda checkpoint: self._place.set_aside(checkpoint.name))
         try:
-            found_by_first(self._look)
+            found_by_first(self._place.look)
             with self._place.reading():
                 restored = finder.found(step, lambda found: read(self._storage, found, asked, regroup=regroup))
         finally:
@@ -271,13 +267,6 @@ class Checkpoints:
         self.open()
         name = self._place.move_all()
         return None if name is None else self.directory / name
-
-    # The folder.
-
-    def _look(self) -> None:
-        """Finds out what others have written meanwhile; who writes knows."""
-        if not self._writer.is_running or jax.process_index() != 0:
-            self._folder.look()
 
     def _release(self) -> None:
         self._writer.stop()

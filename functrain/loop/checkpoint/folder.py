@@ -111,6 +111,14 @@ class Folder:
         """
         return manifest.damage(checkpoint)
 
+    def damages(self, checkpoint: Path) -> list[str]:
+        """All that is wrong with a checkpoint, file by file; nothing is changed.
+
+        Raises:
+          OSError: it can't be read.
+        """
+        return manifest.damages(checkpoint)
+
     def make(self) -> None:
         """Makes the directory, which from here on is there.
 

@@ -62,6 +62,9 @@ class Local:
     def check(self) -> None:
         """Raises where this process may write there no more."""
 
+    def look(self) -> None:
+        """Finds out what others have written meanwhile, where that is not seen each time."""
+
     def saved(self, newest: str) -> None:
         """Does what there is to do when a checkpoint was written: removes what is no longer kept.
 

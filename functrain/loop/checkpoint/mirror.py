@@ -196,7 +196,7 @@ class Mirror:
         self._copy([name for name in others if self.store.head(name) is not None], to)
         for name in self.removable():
             self.remove(name)
-        self.taken |= {to}
+        self.look()
 
     def free(self, directory: Path) -> str:
         """The name of a folder "before-1" that is neither at the address nor in a directory."""

@@ -1,33 +1,15 @@
-"""Which folder of checkpoints is meant: one of this machine, or one at an address."""
+"""Which checkpoints are meant: those in a folder of this machine, or at an address."""
 
 import os
 from pathlib import Path
 
 from functrain.errors import CheckpointError
+from functrain.loop.checkpoint.at_address import AddressFolder
 from functrain.loop.checkpoint.folder import Folder
-from functrain.loop.checkpoint.local import Local
-from functrain.loop.checkpoint.retention import Retention
+from functrain.loop.checkpoint.mirror import Mirror
 from functrain.loop.remote.address import Address, cache_of, is_address
 from functrain.loop.remote.limits import Limits
-
-
-def place_of(
-    directory: str | os.PathLike[str],
-    retention: Retention,
-    *,
-    lock: bool,
-    staging: str | os.PathLike[str] | None,
-    limits: Limits | None,
-) -> Local:
-    """Where checkpoints are written to, here or at an address; as `folder_of`."""
-    folder = folder_of(directory, staging, limits)
-    if not is_address(directory):
-        return Local(folder, retention, lock=lock)
-    from functrain.loop.checkpoint.at_address import AddressFolder
-    from functrain.loop.checkpoint.remote import Remote
-
-    assert isinstance(folder, AddressFolder)
-    return Remote(folder, retention, lock=lock, lease=(limits or Limits()).lease)
+from functrain.loop.remote.store import Store
 
 
 def folder_of(
@@ -51,11 +33,6 @@ def folder_of(
                 " a folder: leave them out"
             )
         return Folder(Path(directory).absolute())
-    # obstore, and what needs it, is imported for who has an address.
-    from functrain.loop.checkpoint.at_address import AddressFolder
-    from functrain.loop.checkpoint.mirror import Mirror
-    from functrain.loop.remote.store import Store
-
     limits = limits or Limits()
     address = Address.of(os.fspath(directory))
     store = Store(str(address), timeout=limits.request, patience=limits.patience)

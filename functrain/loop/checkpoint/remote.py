@@ -1,6 +1,7 @@
 """Where checkpoints lie that are sent to an address: the folder here that they are written to, and the address."""
 
 import contextlib
+import os
 import shutil
 import socket
 import threading
@@ -12,15 +13,36 @@ from functrain.errors import SaveError, StorageError
 from functrain.loop.checkpoint.at_address import AddressFolder
 from functrain.loop.checkpoint.housekeeping import move_to
 from functrain.loop.checkpoint.local import Local
+from functrain.loop.checkpoint.places import folder_of
 from functrain.loop.checkpoint.processes import check_shared, found_by_first
 from functrain.loop.checkpoint.retention import Retention
 from functrain.loop.checkpoint.sending import Sender
 from functrain.loop.checkpoint.staging import OWN
 from functrain.loop.lines import LOG
 from functrain.loop.remote.lease import Lease
+from functrain.loop.remote.limits import Limits
 from functrain.tree.warn import warn
 
 _STALE = 86_400.0  # Seconds after which nobody downloads any more what was begun.
+
+
+def place_of(
+    directory: str | os.PathLike[str],
+    retention: Retention,
+    *,
+    lock: bool,
+    staging: str | os.PathLike[str] | None,
+    limits: Limits | None,
+) -> Local:
+    """Where checkpoints are written to, here or at an address.
+
+    Raises:
+      StorageError, CheckpointError: as of `folder_of`.
+    """
+    folder = folder_of(directory, staging, limits)
+    if isinstance(folder, AddressFolder):
+        return Remote(folder, retention, lock=lock, lease=(limits or Limits()).lease)
+    return Local(folder, retention, lock=lock)
 
 
 class Remote(Local):
@@ -78,6 +100,16 @@ class Remote(Local):
         """
         if self._lease is not None and not self._lease.is_held:
             self._lease.check()
+
+    def look(self) -> None:
+        """Lists the address; who writes there knows what is there.
+
+        Raises:
+          StorageError: it can't be listed.
+          CheckpointError: it is that of one checkpoint.
+        """
+        if self._lease is None:
+            self.folder.look()
 
     def saved(self, newest: str) -> None:
         """Has a checkpoint be sent, and removes here what is there already."""
