@@ -181,7 +181,10 @@ def _of_log(left: Left) -> Table | None:
         best = None if mode is None else curve.best(mode)
         found = ["-", "-"] if best is None else [number(curve.values[best]), f"{curve.steps[best]:,}"]
         rows.append([name, *found, number(curve.values[-1]), f"{curve.steps[-1]:,}"])
-    return Table(["", "best", "at step", "last", "at step"], rows) if rows else None
+    head = ["", "best", "at step", "last", "at step"]
+    if all(row[1] == "-" for row in rows):  # Of losses of training alone none is said to be the best.
+        head, rows = [head[0], *head[3:]], [[row[0], *row[3:]] for row in rows]
+    return Table(head, rows) if rows else None
 
 
 def _optimizers(left: Left) -> dict[str, str]:
