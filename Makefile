@@ -39,6 +39,7 @@ bench: .venv/.bench
 	$(BIN)/python benchmarks/update.py
 	$(BIN)/python benchmarks/losses.py
 	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/record.py
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/checkpoint.py --leave-a-core
 

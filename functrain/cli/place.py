@@ -15,6 +15,7 @@ from functrain.loop.checkpoint.contents import contents_file
 from functrain.loop.checkpoint.folder import Folder, Name
 from functrain.loop.checkpoint.places import folder_of as checkpoints_at
 from functrain.loop.lines import LOG
+from functrain.loop.record.files import FILES
 from functrain.loop.record.place import folder_of, log_of
 from functrain.loop.record.reading import read_run
 from functrain.loop.remote.address import Address, is_address
@@ -94,8 +95,6 @@ def absolute(path: str) -> Path:
 
 def _at_address(run: str) -> Place:
     """The files of a run at an address: its record, and what its checkpoints say of themselves; no arrays."""
-    from functrain.loop.record.folder import FILES  # It imports NumPy.
-
     folder = _either(run)
     run = run.rstrip("/")
     directory = folder.directory.parent if folder.where == f"{run}/{_BY_CUSTOM}" else folder.directory

@@ -54,16 +54,18 @@ def _from_here(path: Path) -> str:
 
 
 def _text(found: Differences) -> str:
-    main, rest = found.results_tables
-    told = [_table("configuration", found.configuration_table)]
+    told = [_tables("configuration", *found.configuration_tables)]
     told += [f"of {listed(found.unknown)} there is no record of it"] if found.unknown else []
-    told += ["", _table("results", main)]
-    told += [f"... and {len(rest.rows)} more, with --json"] if rest is not None else []
-    return "\n".join(told)
+    return "\n".join([*told, "", _tables("results", *found.results_tables)])
 
 
-def _table(name: str, table: Table | None) -> str:
-    if table is None:
-        return f"nothing that is known differs in the {name}"
-    rows: list[Sequence[str]] = [[name, *table.head[1:]], *table.rows]
-    return aligned(rows, [str.ljust, *[str.rjust] * (len(table.head) - 1)])
+def _tables(name: str, main: Table | None, rest: Table | None) -> str:
+    if main is None:
+        return f"nothing that is known differs in the {name}" + ("" if rest is None else f" but {_more(rest)}")
+    rows: list[Sequence[str]] = [[name, *main.head[1:]], *main.rows]
+    aligns = [str.ljust if column < main.words else str.rjust for column in range(len(main.head))]
+    return aligned(rows, aligns) + ("" if rest is None else f"\n... and {_more(rest)}")
+
+
+def _more(rest: Table) -> str:
+    return f"{len(rest.rows)} more, with --json"

@@ -140,9 +140,7 @@ class Data:
         return dataclasses.replace(self, examples=count)
 
     def over(self, slices: tuple[int, ...], of: int) -> "Data":
-        """The same batches, of which this process reads some of so many equal slices of rows.
-
-        `fit(..., sharding=)` calls it with what the devices of this process hold; processes may hold the same rows.
+        """The same batches, of which this process reads some of so many equal slices: `fit(..., sharding=)` calls it.
 
         >>> data = from_arrays({"x": np.arange(8)}, batch_size=8, shuffle=False)
         >>> next(data.over((0, 3), 4).epoch(0))["x"].tolist()
@@ -207,8 +205,8 @@ class Data:
         start = number * self.batch_size
         size = self.batch_size if self.last == "pad" else min(self.batch_size, self.examples - start)
         share = size // self.processes
-        slices = self.process if isinstance(self.process, tuple) else (self.process,)
-        places = start + np.concatenate([np.arange(number * share, (number + 1) * share) for number in slices])
+        slices = np.atleast_1d(self.process)[:, None]
+        places = start + (slices * share + np.arange(share)).ravel()
         rows = order[np.minimum(places, self.examples - 1)]  # Of what is padded, the last one.
         if self.last != "pad":
             return self._fetched(rows, epoch)

@@ -74,8 +74,6 @@ class Saver:
             "rows": run.rows,
             "data": described(run.reader.data),
         }
-        with contextlib.suppress(SaveError):
-            self.checkpoints.wait()  # As the save does; then `settled` knows of the one before.
         self.settled()
         try:
             self.checkpoints.save(run.state, data=run.reader.position, metrics=scalars(run.evaluated), extra=extra)

@@ -36,12 +36,12 @@ class MLflow(Tracker):
     Args:
       name: of the run, by which it is found again: no other in the experiment has it.
       experiment: its experiment; it is made.
-      uri: of the server, by default as `mlflow.get_tracking_uri()` has it.
+      uri: of the server, or of a database, by default as `mlflow.get_tracking_uri()` has it.
       every: the seconds for which rows are gathered.
       patience: the seconds that `close` waits for a server that is away.
 
     Raises:
-      LogError: mlflow is not installed.
+      LogError: mlflow is not installed, or does not know such an address.
     """
 
     def __init__(
@@ -58,9 +58,13 @@ class MLflow(Tracker):
         try:
             import_module("mlflow")
             self._entities = import_module("mlflow.entities")
-            self._client = import_module("mlflow.tracking").MlflowClient(tracking_uri=uri)
+            client_of = import_module("mlflow.tracking").MlflowClient
         except ImportError as error:
             raise LogError(f"{self!r}: {error}; write pip install 'functrain[mlflow]'") from error
+        try:
+            self._client = client_of(tracking_uri=uri)
+        except Exception as error:
+            raise LogError(f"{self!r}: {error}; write an address of a server, uri='http://127.0.0.1:5000'") from error
         self._keys: dict[str, str] = {}
         self._run = ""
         self._there: collections.Counter[tuple[str, int]] = collections.Counter()

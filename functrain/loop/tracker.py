@@ -181,7 +181,7 @@ class Tracker:
                 kind, what = self._todo[0]
                 if kind == "row":
                     self._changed.wait_for(lambda: self._is_closed, max(0.0, sent + self._every - time.monotonic()))
-                    what = [row for _, row in itertools.takewhile(_is_row, self._todo)][:_MOST]
+                    what = [row for _, row in itertools.takewhile(_is_row, itertools.islice(self._todo, _MOST))]
             try:
                 _CALLS[kind](self, what)
             except Exception as error:

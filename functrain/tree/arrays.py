@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from functrain.tree.paths import PyTree, flatten
 
@@ -81,6 +82,19 @@ def replicated_over(params: PyTree) -> Any:
     shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
     over_several = (each for each in shardings if isinstance(each, jax.NamedSharding) and each.mesh.size > 1)
     return next(map(replicated_like, over_several), None)
+
+
+def placed(leaf: Any, sharding: Any) -> jax.Array:
+    """An array where a sharding says, which may be over several processes, each of which has all of it."""
+    if sharding.is_fully_addressable:
+        here: jax.Array = jax.device_put(leaf, sharding)
+        return here
+    if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+        data = placed(jax.random.key_data(leaf), sharding)
+        key: jax.Array = jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return key
+    whole = np.asarray(leaf)  # `device_put` compares it among the processes, which takes seconds.
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index or ()])
 
 
 def leading_lengths(tree: PyTree) -> dict[str, tuple[int, ...]]:

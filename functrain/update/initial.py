@@ -9,7 +9,7 @@ import numpy as np
 
 from functrain.errors import UpdateError
 from functrain.optim.adoption import Adoption
-from functrain.tree.arrays import as_array, committed_sharding, replicated_over
+from functrain.tree.arrays import as_array, committed_sharding, placed, replicated_over
 from functrain.tree.paths import PyTree, flatten
 from functrain.tree.text import listed
 from functrain.update.ema import adopted_ema
@@ -37,7 +37,7 @@ def initial_state(
         if id(leaf) in taken:
             leaf = jnp.array(leaf, copy=True)
         taken.add(id(leaf))
-        return leaf if replicated is None or committed_sharding(leaf) else jax.device_put(leaf, replicated)
+        return leaf if replicated is None or committed_sharding(leaf) else placed(leaf, replicated)
 
     counter = np.zeros((), np.int64)
     on_device = {

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from functrain.errors import UpdateError
 from functrain.optim.adoption import Adoption
@@ -208,8 +209,14 @@ class Update(Calls):
         lr: Mapping[str, Any] | None = None,
         set: Mapping[str, Any] | None = None,  # noqa: A002
     ) -> Any:
-        """The program that a call with these arguments would run, as `jax.jit(...).lower` gives it; nothing is run."""
+        """The program that a call with these arguments would run, as `jax.jit(...).lower` gives it; nothing is run.
+
+        Of `abstract(...)` it is that of the first call.
+        """
         settings = self._settings(lr, set)
+        if isinstance(state.step, jax.ShapeDtypeStruct):
+            zero = np.zeros((), np.int64)
+            state = dataclasses.replace(state, step=zero, batches=zero, pending=zero)
         return (
             self._programs.program(self.call_of(state), state, batch, settings).traced(state, batch, settings).lower()
         )

@@ -40,7 +40,7 @@ def test_of_several_runs_it_says_what_differs(record, told, data):
     assert code == 0
     assert out.splitlines() == [
         "configuration      digits  other",
-        "config/rates/body   0.001   0.01",
+        "config/rates/body  0.001   0.01",
         "",
         "nothing that is known differs in the results",
         "",

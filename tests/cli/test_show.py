@@ -152,6 +152,24 @@ def test_checkpoints_are_found_where_a_record_says(run, told, data):
     assert told("verify", record)[:2] == (0, "all sound: 12, 16\n")
 
 
+def test_a_record_that_names_a_checkpoint_or_nothing_as_their_folder_hides_nothing(run, told):
+    for said in ("../digits/16", "gone", "\0", "~nobody/x", "log.jsonl"):
+        record = write(run.parent / "record", RUN | {"checkpoints": {"directory": said, "keep_best": {}}})
+        code, out, _ = told("show", record)
+        assert code == 0
+        assert line_of(out, "ended").startswith("finished, at step 16")
+        assert "! there is no checkpoint" in out
+
+
+def test_a_log_that_can_not_be_read_hides_nothing_else(run, told):
+    (run / "log.jsonl").unlink()
+    (run / "log.jsonl").symlink_to("/proc/self/mem")  # It can be opened, and reading it fails.
+    code, out, _ = told("show", run)
+    assert code == 0
+    assert f"! {run / 'log.jsonl'} can't be read: " in out
+    assert line_of(out, "checkpoints").startswith("12, 16")
+
+
 def test_a_record_of_checkpoints_at_an_address_misses_none(tmp_path, told):
     at = {"directory": "s3://bucket/digits", "keep_best": {}}
     assert "!" not in told("show", write(tmp_path, RUN | {"checkpoints": at}))[1]

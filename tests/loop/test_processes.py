@@ -63,14 +63,18 @@ def test_a_batch_or_a_state_of_one_process_alone_is_refused_in_a_run_of_several(
         told(lambda: of_an_array(update.init(of_all), ys))
         sharding = jax.NamedSharding(mesh, jax.P("data"))
         whole = jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
-        state, _ = update(update.init(of_all), whole)
+        def noisy(params, batch, key):
+            return loss_fn(params, {**batch, "x": batch["x"] + jax.random.normal(key, batch["x"].shape)})
+
+        state, _ = ft.make_update(noisy, optim)(update.init(of_all, key=jax.random.key(0)), whole)
+        print(np.asarray(jax.random.key_data(state.key).addressable_data(0)).tolist())
         result = ft.fit(update, update.init(of_all), data, epochs=1, sharding=sharding, progress=False)
         print(np.asarray(result.state.params["w"].addressable_data(0)).tobytes().hex())
         """,
         processes=2,
     )
     assert printed[0] == printed[1]
-    alone, unshared, bare, one, digest = printed[0]
+    alone, unshared, bare, one, key, digest = printed[0]
     assert alone.startswith(
         "FitError the params lie in this process alone, and each of the 2 would train its own: place"
     )
@@ -80,6 +84,7 @@ def test_a_batch_or_a_state_of_one_process_alone_is_refused_in_a_run_of_several(
         " the slices of all, jax.make_array_from_process_local_data(sharding, slice)"
     )
     assert one.startswith("UpdateError the batch lies in this process alone")
+    assert key == "[0, 0]"
     assert len(digest) == 32
 
 

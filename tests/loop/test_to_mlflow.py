@@ -226,3 +226,9 @@ def test_without_mlflow_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(LogError, match=r"MLflow\('digits', .*\): .*mlflow.*; write pip install 'functrain\[mlflow\]'$"):
         ft.MLflow("digits")
+
+
+def test_an_address_of_no_server_is_an_error_before_the_run():
+    problem = r"MLflow\('digits', .*\): .*htp://x.*; write an address of a server, uri='http://127.0.0.1:5000'$"
+    with pytest.raises(LogError, match=f"(?s){problem}"):
+        ft.MLflow("digits", uri="htp://x")

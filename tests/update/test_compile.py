@@ -161,3 +161,11 @@ def test_a_measured_scan_of_phases_has_the_telemetry_of_each_under_its_name():
         for name, of in metrics.items()
     }
     assert shapes == {"critic": {"body": (3,)}, "actor": {"head": (1,)}}
+
+
+def test_a_program_is_lowered_of_shapes_alone_as_of_arrays():
+    optim = optimizer_of(linear_params())
+    update = ft.make_update(loss_fn, optim, accumulate=2)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batches_of(1)[0])
+    lowered = update.lower(update.abstract(linear_params()), shapes)
+    assert lowered.as_text() == update.lower(update.init(linear_params()), shapes).as_text()

@@ -95,8 +95,6 @@ class Checkpoints:
         self.directory, self.where = self._folder.directory, self._folder.where
         self._writer = Writer(self._storage, self._place.staging, self._place.sender)
 
-    # Writing.
-
     def save(
         self, state: TrainState, *, data: Any = None, metrics: Mapping[str, float] | None = None, extra: Any = None
     ) -> None:
@@ -144,7 +142,7 @@ class Checkpoints:
             self.wait()
 
     def send_first(self, call: Callable[[], None]) -> None:
-        """Has a function be called before a checkpoint is there at an address: what goes with it is there then."""
+        """Has a function be called before a checkpoint is at an address: what goes with it is there then."""
         self._place.first = call
 
     def wait(self) -> None:
@@ -269,8 +267,6 @@ class Checkpoints:
         self.open()
         name = self._place.move_all()
         return None if name is None else self.directory / name
-
-    # The folder.
 
     def _release(self) -> None:
         self._writer.stop()

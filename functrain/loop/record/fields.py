@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from functrain.loop.lines import NON_FINITE
 
 _Value = TypeVar("_Value")
+_MOST_TOLD = 20
 
 
 class Fields:
@@ -87,7 +88,9 @@ class Fields:
         taken = take(value)
         if taken is None:
             told = f"{self._where}: {name!r} is no {kind}: {repr(value)[:60]}; it is left out"
-            if told not in self._problems:
+            if len(self._problems) == _MOST_TOLD:
+                told = "... and more that is left out"
+            if len(self._problems) <= _MOST_TOLD and told not in self._problems:
                 self._problems.append(told)
         return taken
 

@@ -15,7 +15,8 @@ from functrain.loop.evaluation import Evaluation
 from functrain.loop.evaluations import params_for
 from functrain.loop.names import named_values
 from functrain.loop.outcome import Outcome
-from functrain.loop.record.folder import FORMAT, RESULTS_FOLDER, RecordFolder
+from functrain.loop.record.files import FORMAT, RESULTS_FOLDER
+from functrain.loop.record.folder import RecordFolder
 from functrain.loop.record.plainly import plainly
 from functrain.tree.warn import warn
 from functrain.update.state import TrainState

@@ -13,12 +13,8 @@ import numpy as np
 
 from functrain.errors import RecordError
 from functrain.loop.lines import LOG, numbers_of
+from functrain.loop.record.files import FORMAT, REPORTS, RESULTS, RESULTS_FOLDER, RUN
 from functrain.tree.warn import warn
-
-FORMAT = 1
-RUN, RESULTS, RESULTS_FOLDER, SOURCE = "run.json", "results.json", "results", "source.tar.gz"
-REPORTS = ("report.html", "report.md")
-FILES = (RUN, RESULTS, f"{RESULTS_FOLDER}/*", "source*.tar.gz", *REPORTS)
 
 
 class RecordFolder:

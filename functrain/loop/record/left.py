@@ -87,7 +87,7 @@ def read_left(directory: Path) -> Left:
         told = "".join(f"; {problem}" for problem in problems)
         raise CheckpointError(f"there is neither a checkpoint nor a log in {directory}{told}: give the folder of a run")
     held = _newest_held(entries, problems)
-    log = Log(problems=(f"there is no log in {directory}",)) if log_path is None else read_log(log_path)
+    log = Log(problems=(f"there is no log in {directory}",)) if log_path is None else _log(log_path)
     problems += log.problems
     problems += ["there is no checkpoint"] if not entries and _has_its_own(found) else []
     problems += [f"set aside as damaged: {listed(aside)}"] if aside else []
@@ -101,6 +101,13 @@ def read_left(directory: Path) -> Left:
         directory, found is not None, recorded, final, log, log_path, saved, folder.directory, modes, held,
         tuple(problems),
     )  # fmt: skip
+
+
+def _log(path: Path) -> Log:
+    try:
+        return read_log(path)
+    except OSError as error:
+        return Log(problems=(f"{path} can't be read: {error}",))
 
 
 def _newest_held(entries: list[Entry], problems: list[str]) -> Held | None:

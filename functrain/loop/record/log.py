@@ -20,7 +20,6 @@ class Log(NamedTuple):
     Attributes:
       curves: every number by name.
       epochs: at each step.
-      times: in seconds since 1970, at each step.
       last: step, epoch and time of the last row, as far as it has them; empty if there is none.
       rows: how many there are.
       damaged: how many lines are no rows.
@@ -30,7 +29,6 @@ class Log(NamedTuple):
 
     curves: Mapping[str, Curve] = {}
     epochs: Curve = Curve([], [])
-    times: Curve = Curve([], [])
     last: Mapping[str, Any] = {}
     rows: int = 0
     damaged: int = 0
@@ -117,12 +115,10 @@ class _Reading:
             for name in table.columns:
                 of_name.setdefault(name, []).append(table)
         orders: dict[tuple[int, ...], list[int]] = {}
-        curves = {name: _curve(name, of, orders) for name, of in of_name.items()}
-        times, epochs = (curves.pop(name, Curve([], [])) for name in ("time", "epoch"))
-        count = sum(len(table.steps) for table in tables)
-        return Log(
-            curves, epochs, times, _last(tables), count, self.damaged, self.count - count, tuple(problems)
-        )  # fmt: skip
+        curves = {name: _curve(name, of, orders) for name, of in of_name.items() if name != "time"}
+        epochs = curves.pop("epoch", Curve([], []))
+        rows = sum(len(table.steps) for table in tables)
+        return Log(curves, epochs, _last(tables), rows, self.damaged, self.count - rows, tuple(problems))
 
     def _each(self, lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(lines, self._lines + 1):
@@ -153,9 +149,10 @@ class _Reading:
 
 
 def _parsed(lines: Sequence[bytes]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(b"[" + b",".join(lines) + b"]")
+    joined = b"[\n" + b",\n".join(lines) + b"]"
+    rows: list[dict[str, Any]] = json.loads(joined)
     # Torn lines can make whole ones where they are put together, but for what begins with a brace.
-    if len(rows) != len(lines) or not all(line.startswith(b"{") for line in lines):
+    if len(rows) != len(lines) or joined.count(b"\n{") != len(lines):
         raise ValueError("a line is no row")
     return rows
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from functrain.errors import LogError, StorageError
 from functrain.loop.lines import LOG, lines_of
-from functrain.loop.record.folder import FILES, RESULTS, RUN, RecordFolder, has_rows
+from functrain.loop.record.files import FILES, RESULTS, RUN
+from functrain.loop.record.folder import RecordFolder, has_rows
 from functrain.loop.remote.store import Store
 from functrain.tree.warn import warn
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from functrain.loop.checkpoint.contents import contents_file
 from functrain.loop.checkpoint.folder import Folder
 from functrain.loop.lines import LOG
 
@@ -30,9 +31,9 @@ def log_of(directory: Path, folder: Folder) -> Path | None:
 
 
 def _local(directory: Path, said: str) -> Path | None:
-    """A folder that a record names, if there is one on this machine."""
+    """A folder of checkpoints that a record names, if there is one on this machine."""
     try:
         path = directory / Path(said).expanduser()
-        return path if path.is_dir() else None
+        return path if path.is_dir() and not contents_file(path).exists() else None
     except (OSError, ValueError, RuntimeError):
         return None

@@ -16,13 +16,15 @@ from functrain.loop.evaluations import prepared
 from functrain.loop.hooks import Hook
 from functrain.loop.lines import LOG
 from functrain.loop.logs import JsonLines
-from functrain.loop.record.folder import FILES, RecordFolder
+from functrain.loop.record.files import FILES
+from functrain.loop.record.folder import RecordFolder
 from functrain.loop.record.keeping import Keeper, said
 from functrain.loop.record.masking import masks_of_this_process
 from functrain.loop.record.outbox import Outbox
 from functrain.loop.record.plainly import plainly
 from functrain.loop.record.sections import Began, Ended, How
 from functrain.loop.remote.address import cache_of, is_address
+from functrain.loop.remote.limits import Limits
 from functrain.loop.remote.store import Store
 from functrain.loop.run import Run
 from functrain.loop.shares import Shardings
@@ -65,6 +67,7 @@ class Record(Hook):
       report: False to write no report at the end; `functrain report` writes it at any time.
       staging: of a record at an address, the folder of this machine in which it is written; by default in the user's
         cache.
+      limits: of an address, how long it may take.
       lock: False on a file system without locks, where you see to it that one process writes at a time.
 
     Attributes:
@@ -85,12 +88,17 @@ class Record(Hook):
         final: Evaluation | Sequence[Evaluation] = (),
         report: bool = True,
         staging: str | os.PathLike[str] | None = None,
+        limits: Limits | None = None,
         lock: bool = True,
     ) -> None:
         address = os.fspath(directory) if is_address(directory) else None
-        if address is None and staging is not None:
-            raise RecordError(f"staging={os.fspath(staging)!r} is of a record at an address, 's3://bucket/digits'")
-        store = None if address is None else Store(address)
+        if address is None and (staging is not None or limits is not None):
+            raise RecordError(
+                f"staging= and limits= are for an address such as 's3://bucket/digits', and {os.fspath(directory)!r} is"
+                " a folder: leave them out"
+            )
+        limits = limits or Limits()
+        store = None if address is None else Store(address, timeout=limits.request, patience=limits.patience)
         self.directory = Path(directory if store is None else staging or cache_of(store.address)).absolute()
         self.final = [final] if isinstance(final, Evaluation) else list(final)
         _check(self.directory, self.final, report=report)

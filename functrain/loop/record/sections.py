@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from functrain.loop.record import machine
 from functrain.loop.record.facts import changes
-from functrain.loop.record.folder import FORMAT, SOURCE, RecordFolder
+from functrain.loop.record.files import FORMAT, SOURCE
+from functrain.loop.record.folder import RecordFolder
 from functrain.loop.record.heard import Heard
 from functrain.loop.record.masking import Masks
 from functrain.loop.record.source import Source

@@ -46,6 +46,16 @@ def test_a_rate_that_only_the_optimizer_knows_is_named(tmp_path):
     assert found.configuration == {"parts/body/hyperparameters/learning_rate": [0.001, 0.5]}
 
 
+def test_versions_that_seldom_matter_are_folded_and_the_configuration_stands_first(tmp_path):
+    other = run_with({"new": 1}, versions=RUN["versions"] | {"six": "2", "functrain": "0.3.0"}, device={"cores": 4})
+    written, found = compare([write(tmp_path / "a"), write(tmp_path / "b", other)], tmp_path / "out")
+    assert next(iter(found.configuration)) == "config/new"
+    main, rest = found.configuration_tables
+    assert [row[0] for row in main.rows][-1] == "versions/functrain"
+    assert [row[0] for row in rest.rows] == ["versions/six"]
+    assert "1 more a b versions/six - 2" in Page(written.html.read_text()).text
+
+
 def test_the_page_has_both_tables_and_the_curves_of_both_in_each_chart(two, tmp_path):
     written, _ = compare(two, tmp_path / "out")
     page = Page(written.html.read_text())

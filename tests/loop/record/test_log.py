@@ -35,7 +35,7 @@ def test_every_number_is_a_curve_and_all_are_those_that_are_read_line_by_line(tm
         assert [*zip(curve.steps, curve.values, strict=True)] == expected, name
     assert {*log.curves} | {"step", "time", "epoch"} == {name for row in read for name in row}
     assert log.last == {name: read[-1][name] for name in ("step", "epoch", "time")}
-    assert [*zip(log.times.steps, log.times.values, strict=True)] == [(row["step"], row["time"]) for row in read]
+    assert [*zip(log.epochs.steps, log.epochs.values, strict=True)] == [(row["step"], row["epoch"]) for row in read]
 
 
 def test_a_log_of_several_blocks_loses_no_row(log):

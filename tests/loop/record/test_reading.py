@@ -105,6 +105,14 @@ def test_what_is_of_another_kind_is_left_out_wherever_it_is(tmp_path, foreign):
             assert len(results) >= 1 or path[0] == "final"
 
 
+def test_of_much_that_is_foreign_a_few_are_told(tmp_path):
+    numbers = {f"test/{index}": "low" for index in range(50_000)}
+    _, _, problems = read(write(tmp_path, results={"format": 1, "final": [RESULTS["final"][0] | {"numbers": numbers}]}))
+    assert len(problems) == 21
+    assert "'test/0' is no number: 'low'" in problems[0]
+    assert problems[-1] == "... and more that is left out"
+
+
 def test_nothing_is_what_an_empty_record_says(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"format": 1}))
     assert read(tmp_path)[0] == NOTHING

@@ -48,7 +48,7 @@ def results_of(left: Left) -> list[Chart]:
         of_metric = lines.setdefault(metric or name, [])
         of_metric.append(Line(name, curve, len(of_metric), mode))
     charts = [Chart(metric, found) for metric, found in lines.items()]
-    return sorted(charts, key=lambda chart: (chart.title != "loss", len(chart.lines) == 1))
+    return sorted(charts, key=lambda chart: (chart.title.rpartition("/")[2] != "loss", len(chart.lines) == 1))
 
 
 def by_part(left: Left) -> list[Chart]:

@@ -1,7 +1,7 @@
 """Several runs beside each other: what differs, and nothing else."""
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from functrain.loop.names import named_values
@@ -10,6 +10,8 @@ from functrain.loop.record.left import Left
 from functrain.loop.record.report import summary
 from functrain.loop.record.report.tables import Table
 from functrain.loop.record.words import alike, shown
+
+_GROUPS = ("config", "parts", "command", "device", "git", "versions")
 
 
 class Differences(NamedTuple):
@@ -30,19 +32,16 @@ class Differences(NamedTuple):
     unknown: list[str]
 
     @property
-    def configuration_table(self) -> Table | None:
-        """What differs in the configuration."""
-        rows = [[key, *map(shown, values)] for key, values in self.configuration.items()]
-        return Table(["", *self.names], rows, words=1 + len(self.names)) if rows else None
+    def configuration_tables(self) -> tuple[Table | None, Table | None]:
+        """What differs in the configuration, and in versions that seldom matter."""
+        rows = {key: [key, *map(shown, values)] for key, values in self.configuration.items()}
+        return _tables(["", *self.names], rows, _is_main, words=1 + len(self.names))
 
     @property
     def results_tables(self) -> tuple[Table | None, Table | None]:
         """What differs in the results: the main ones, and those of which there are many, as of each class."""
         rows = {key: [key, *alike(values)] for key, values in self.results.items()}
-        main = [row for key, row in rows.items() if summary.is_main(key)]
-        rest = [row for key, row in rows.items() if not summary.is_main(key)]
-        head = ["", *self.names]
-        return Table(head, main) if main else None, Table(head, rest) if rest else None
+        return _tables(["", *self.names], rows, summary.is_main)
 
 
 def differences(runs: Sequence[Left]) -> Differences:
@@ -61,13 +60,30 @@ def differences(runs: Sequence[Left]) -> Differences:
     return Differences(names, configuration, results, len(made) - len(configuration), unknown)
 
 
+def _is_main(key: str) -> bool:
+    return not key.startswith("versions/") or key.removeprefix("versions/") in summary.FIRST_VERSIONS
+
+
+def _tables(
+    head: list[str], rows: Mapping[str, list[str]], is_main: Callable[[str], bool], words: int = 1
+) -> tuple[Table | None, Table | None]:
+    main, rest = ([row for key, row in rows.items() if is_main(key) is wanted] for wanted in (True, False))
+    return Table(head, main, words) if main else None, Table(head, rest, words) if rest else None
+
+
 class _Unknown:
     """What a run would have said."""
 
 
 def _by_key(found: Sequence[Mapping[str, Any] | None]) -> dict[str, list[Any]]:
-    keys = dict.fromkeys(key for each in found for key in each or {})
+    keys = sorted(dict.fromkeys(key for each in found for key in each or {}), key=_group)
     return {key: [_Unknown if each is None else each.get(key) for each in found] for key in keys}
+
+
+def _group(key: str) -> int:
+    """Where a key stands: those of runs that have others are not put behind all."""
+    first = key.partition("/")[0]
+    return _GROUPS.index(first) if first in _GROUPS else len(_GROUPS)
 
 
 def _differing(found: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:

@@ -22,10 +22,11 @@ def page(runs: Sequence[Left], found: Differences) -> str:
         f"{name}: {told}" for name, left in zip(found.names, runs, strict=True) for told in summary.problems(left)
     ]
     title = f"{len(runs)} runs"
-    main, rest = found.results_tables
+    (made, versions), (main, rest) = found.configuration_tables, found.results_tables
+    configuration = (elements.table(made), elements.folded_table(versions))
     body = (
         f"<header>\n<h1>{title}</h1>\n{elements.table(_runs(runs, found))}{elements.told(problems)}</header>\n",
-        elements.section("What differs in the configuration", elements.table(found.configuration_table), _same(found)),
+        elements.section("What differs in the configuration", *configuration, _same(found)),
         elements.section("What differs in the results", elements.table(main), elements.folded_table(rest)),
         elements.section("Losses and results", curves),
         "<footer>Written by functrain from the files of the runs.</footer>\n",
@@ -36,7 +37,7 @@ def page(runs: Sequence[Left], found: Differences) -> str:
 def markdown(runs: Sequence[Left], found: Differences) -> str:
     """The same for a pull request, without curves."""
     tables = [
-        ("What differs in the configuration", found.configuration_table),
+        ("What differs in the configuration", found.configuration_tables[0]),
         ("What differs in the results", found.results_tables[0]),
     ]
     pieces = [f"## {len(runs)} runs\n", as_markdown(_runs(runs, found))]

@@ -43,8 +43,8 @@ def folded(title: str, content: str) -> str:
 
 
 def folded_table(found: Table | None) -> str:
-    """A table of many numbers, which is shown when it is asked for."""
-    return "" if found is None else folded(f"{len(found.rows):,} more numbers", as_html(found))
+    """A table that is shown when it is asked for."""
+    return "" if found is None else folded(f"{len(found.rows):,} more", as_html(found))
 
 
 def verbatim(text: str | None) -> str:

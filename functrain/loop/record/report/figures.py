@@ -55,7 +55,7 @@ def drawing() -> Iterator[None]:
         raise LogError(f"a report needs matplotlib: {error}; write pip install 'functrain[record]'") from error
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "functrain", "font.size": 10.5})
+        mpl.rcParams.update({"svg.fonttype": "none", "font.size": 10.5})
         yield
 
 

@@ -111,4 +111,4 @@ def _data_uri(path: Path | None) -> str | None:
 
 def _where(left: Left) -> str:
     said = left.recorded.checkpoints
-    return "" if said is None else f'<p class="quiet">in {escaped(said)}</p>\n'
+    return "" if said is None else f'<p class="quiet">They are in {escaped(said)}.</p>\n'

@@ -13,7 +13,7 @@ from functrain.loop.record.words import alike, duration, ended_in_words, moment,
 from functrain.tree.text import bytes_in_words
 
 _MOST = 12
-_FIRST = ("python", "functrain", "jax", "jaxlib", "optax", "numpy")
+FIRST_VERSIONS = ("python", "functrain", "jax", "jaxlib", "optax", "numpy")
 
 
 def lead(left: Left) -> str:
@@ -157,12 +157,12 @@ def environment(left: Left) -> Table | None:
     """The command, the device, the commit and the versions that matter most."""
     said: dict[str, Any] = {"command": " ".join(left.recorded.command)} if left.recorded.command else {}
     said |= {"device": left.recorded.device, "git": left.recorded.git, "source": left.recorded.source}
-    return _named(said | {"version": {name: each for name, each in _versions(left).items() if name in _FIRST}})
+    return _named(said | {"version": {name: each for name, each in _versions(left).items() if name in FIRST_VERSIONS}})
 
 
 def versions(left: Left) -> Table | None:
     """The versions of all else."""
-    return _named({name: each for name, each in _versions(left).items() if name not in _FIRST})
+    return _named({name: each for name, each in _versions(left).items() if name not in FIRST_VERSIONS})
 
 
 def warnings(left: Left) -> Table | None:
@@ -181,7 +181,10 @@ def _of_log(left: Left) -> Table | None:
         best = None if mode is None else curve.best(mode)
         found = ["-", "-"] if best is None else [number(curve.values[best]), f"{curve.steps[best]:,}"]
         rows.append([name, *found, number(curve.values[-1]), f"{curve.steps[-1]:,}"])
-    return Table(["", "best", "at step", "last", "at step"], rows) if rows else None
+    head = ["", "best", "at step", "last", "at step"]
+    if all(row[1] == "-" for row in rows):  # Of losses of training alone none is said to be the best.
+        head, rows = [head[0], *head[3:]], [[row[0], *row[3:]] for row in rows]
+    return Table(head, rows) if rows else None
 
 
 def _optimizers(left: Left) -> dict[str, str]:

@@ -1,0 +1,129 @@
+"""A record at an address: every row is there before what a run goes on from, whatever machine goes on."""
+
+import json
+import os
+import signal
+import textwrap
+
+import pytest
+import warm
+from runs import data_of, start, update_of
+from s3 import Server, environment, objects
+from s3 import s3 as s3  # noqa: PLC0414
+from s3 import server as server  # noqa: PLC0414
+
+import functrain as ft
+from functrain.cli.main import main
+from functrain.errors import RecordError, StorageError
+from functrain.loop.lines import lines_of
+from functrain.loop.remote.store import Store
+
+PROGRAM = """
+    import json, os, sys
+    import jax, jax.numpy as jnp, numpy as np, optax
+    jax.config.update("jax_platforms", "cpu")
+    import functrain as ft
+
+    address, here, epochs, kill_at, rate = sys.argv[1], sys.argv[2], *map(float, sys.argv[3:6])
+    os.environ |= json.loads(sys.argv[6]) | {"XDG_CACHE_HOME": here}
+    params = {"w": jnp.zeros(2)}
+    optim = ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.sgd(0.1)})
+
+    def losses(params, batch):
+        return (params["w"] * batch["x"] - 1).sum(1) ** 2
+
+    class Killed(ft.Hook):
+        def update_ended(self, run):
+            if run.step == kill_at:
+                run.checkpoints.wait()
+                run.log({"unsaved": 1.0})
+                os.kill(os.getpid(), 9)
+
+    limits = ft.Limits(request=5.0, patience=10.0, lease=1.0)
+    update = ft.make_update(lambda params, batch: losses(params, batch).mean(), optim)
+    data = ft.from_arrays({"x": np.float32([[1, 2], [3, 4], [1, 1], [0, 1]])}, 2, seed=1)
+    evaluation = ft.Evaluation(lambda params, batch: {"loss": losses(params, batch)}, data, name="test")
+    result = ft.fit(
+        update, update.init(params), data, epochs=int(epochs), log=ft.Every(updates=1), hooks=[Killed()],
+        record=ft.Record(address, config={"rate": rate}, final=evaluation, report=kill_at < 0, limits=limits),
+        checkpoints=ft.Checkpoints(f"{address}/checkpoints", every=ft.Every(updates=2), limits=limits),
+    )
+"""
+
+
+def ran(address, here, *, epochs=3, kill_at=-1, rate=0.1):
+    given = json.dumps(environment(os.environ["AWS_ENDPOINT_URL"]))  # A warm process has that of its parent.
+    process = warm.Process(textwrap.dedent(PROGRAM), address, here, epochs, kill_at, rate, given)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == (0 if kill_at < 0 else -signal.SIGKILL), errors
+    return errors
+
+
+def rows_at(address):
+    found = [row for _, row in lines_of("log", Store(address).get("log.jsonl")).rows]
+    return [(row["step"], name) for row in found for name in ("train/loss", "unsaved") if name in row]
+
+
+@pytest.mark.slow
+def test_each_row_is_there_once_whichever_machine_goes_on(s3, tmp_path, capsys):
+    machines = [tmp_path / name for name in "aba"]
+    for here, step in zip(machines, (3, 4, 5), strict=True):
+        ran(s3, here, kill_at=step)
+        last = rows_at(s3)[-1][0]
+        assert last >= (step - 1) // 2 * 2  # That of the newest checkpoint, at least.
+    ran(s3, tmp_path / "c", rate=0.2)
+    assert rows_at(s3) == [(step, "train/loss") for step in range(1, 7)]
+    run = json.loads(Store(s3).get("run.json"))
+    assert [section["from_step"] for section in run["sections"]] == [0, 2, 2, 4]
+    assert [section["how"] for section in run["sections"]] == [None, None, None, "finished"]
+    assert run["sections"][3]["changed"]["config/rate"] == [0.1, 0.2]
+    assert run["name"] == "digits"
+    assert run["checkpoints"]["directory"] == f"{s3}/checkpoints"
+    assert {"results.json", "report.html", "report.md"} <= {*objects(Store(s3))}
+    assert main(["show", s3]) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_new_run_keeps_the_record_of_the_one_before_at_the_address(s3, tmp_path):
+    ran(s3, tmp_path / "a", epochs=1)
+    first = Store(s3).get("log.jsonl")
+    for name in [name for name in objects(Store(s3)) if name.startswith("checkpoints/")]:
+        Store(s3).delete([name])
+    ran(s3, tmp_path / "b", epochs=2)
+    assert Store(s3).get("before-1/log.jsonl") == first
+    assert rows_at(s3) == [(step, "train/loss") for step in range(1, 5)]
+
+
+@pytest.mark.slow
+def test_storage_that_is_gone_ends_no_run_and_is_told_once(monkeypatch, tmp_path):
+    server = Server()
+    for name, value in environment(server.url).items():
+        monkeypatch.setenv(name, value)
+    server.make("bucket")
+    update = update_of()
+
+    class Killing(ft.Hook):
+        def epoch_ended(self, run):
+            if run.epoch == 1:
+                server.kill()
+
+    record = ft.Record(
+        "s3://bucket/digits", staging=tmp_path / "here", limits=ft.Limits(request=1.0, patience=1.0), report=False
+    )
+    with pytest.warns(UserWarning, match="the record can't be sent to s3://bucket/digits: .*; the run goes on") as told:
+        result = ft.fit(update, update.init(start()), data_of(), epochs=4, record=record, hooks=[Killing()])
+    assert int(result.state.step) == 20
+    assert sum("can't be sent" in str(each.message) for each in told) == 1
+    assert [row["step"] for row in ft.read_json_lines(tmp_path / "here" / "log.jsonl")] == [5, 10, 15, 20]
+
+
+def test_an_address_that_is_none_and_a_bucket_that_is_not_there_are_told_before_the_run(s3, tmp_path):
+    update = update_of()
+    with pytest.raises(StorageError, match=r"s4:// is no storage that is known, .*did you mean 's3'"):
+        ft.Record("s4://bucket/digits")
+    record = ft.Record("s3://nowhere/digits", staging=tmp_path / "here", report=False)
+    with pytest.raises(StorageError, match="nowhere"):
+        ft.fit(update, update.init(start()), data_of(), epochs=1, record=record)
+    with pytest.raises(RecordError, match=r"staging= and limits= are for an address such as 's3://bucket/digits', and"):
+        ft.Record(tmp_path, staging=tmp_path)
