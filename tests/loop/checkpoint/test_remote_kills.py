@@ -39,7 +39,9 @@ RUN = """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = ft.fit(update, update.init(params, key=jax.random.key(3)), data, epochs=3, evaluation=valid,
-                        checkpoints=checkpoints, hooks=[Waits()], log=ft.Every(updates=1), progress=False)
+                        checkpoints=checkpoints, hooks=[Waits()], log=ft.Every(updates=1), progress=False,
+                        # One of its own, as a process that is killed may leave half of a program there.
+                        compilation_cache=pathlib.Path(sys.argv[2]).parent / "programs")
     rows = [{name: value for name, value in row.items() if name not in ("time", "train/steps_per_second")}
             for row in result.history]
     leaves = jax.tree.leaves((result.state.params, result.state.opt_state))
