@@ -9,6 +9,7 @@ from pathlib import Path
 import hypothesis
 import jax
 import pytest
+from s3 import proxy, s3, server  # noqa: F401
 from soak import SOAK
 
 # XLA's own passes, which decide what is fused, are as ever; the code of a fusion is emitted in the older way, and LLVM

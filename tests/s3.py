@@ -109,7 +109,8 @@ class Proxy:
     def _answer(self, client, reading, method, path, head):
         with self._lock:
             self.seen.append(f"{method} {path}")
-            fault = self.fault(len(self.seen), method, path)
+            number = len(self.seen)
+        fault = self.fault(number, method, path)
         found = re.search(rb"(?i)content-length: (\d+)", b"".join(head))
         size = int(found[1]) if found else 0
         if fault == "hang":

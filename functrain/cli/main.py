@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"functrain {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    run = "the folder of a run, or of its checkpoints"
+    run = "the folder or the address (s3://...) of a run, or of its checkpoints"
     show = _command(commands, "show", "shows a run: what was trained, how far it came, results, curves, checkpoints",
                     "functrain show runs/digits")  # fmt: skip
     show.add_argument("run", metavar="RUN", help=run)

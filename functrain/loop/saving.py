@@ -138,7 +138,8 @@ class Saver:
         """The newest checkpoint, for a message; None if there is none."""
         with contextlib.suppress(SaveError):
             self.checkpoints.wait()
-        return next(map(str, reversed(self.checkpoints.steps())), None)
+        newest = next(reversed(self.checkpoints.steps()), None)
+        return None if newest is None else f"{self.checkpoints.where}/{newest.name}"
 
 
 def scalars(results: Mapping[str, Any]) -> dict[str, Any]:

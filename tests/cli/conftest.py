@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-from s3 import proxy, s3, server  # noqa: F401
 
 from cli.digits import trained
 from functrain.cli.main import main

@@ -14,7 +14,7 @@ def loss_fn(params, batch):
     return jnp.mean((hidden @ params["head"]["w"] + params["head"]["b"] - batch["y"]) ** 2)
 
 
-def trained(directory, *, seed, epochs=4):
+def trained(directory, *, seed, epochs=4, record=None):
     """Trains, and returns the last parameters."""
     x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
     data = ft.from_arrays({"x": x, "y": x @ np.float32([1, -2, 3])}, batch_size=4, seed=seed)
@@ -24,8 +24,9 @@ def trained(directory, *, seed, epochs=4):
     evaluation = ft.Evaluation(lambda params, batch: {"loss": loss_fn(params, batch)}, data)
     checkpoints = ft.Checkpoints(directory, keep_last=2, keep_best="valid/loss")
     return ft.fit(
-        update, update.init(PARAMS), data, epochs=epochs, evaluation=evaluation, checkpoints=checkpoints, progress=False
-    ).state.params
+        update, update.init(PARAMS), data, epochs=epochs, evaluation=evaluation, checkpoints=checkpoints, record=record,
+        progress=False,
+    ).state.params  # fmt: skip
 
 
 def flip(path):

@@ -7,6 +7,7 @@ from s3 import objects
 from safetensors.numpy import load_file
 from trees import says
 
+import functrain as ft
 from cli.digits import trained
 from functrain.loop.remote.store import Store
 
@@ -80,6 +81,24 @@ def test_what_can_t_be_read_is_trouble(s3, told, address, phrases):
     code, out, err = told("show", address.format(s3=s3))
     assert (code, out) == (2, "")
     assert re.search(says(*phrases), err)
+
+
+def test_a_record_at_an_address_is_shown_and_reported_here(s3, told, data, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    trained(f"{s3}/checkpoints", seed=0, epochs=2, record=ft.Record(s3, config={"width": 7}, source=None))
+    store = Store(s3)
+    assert "run.json" in store.listed()
+    before = {name: store.get(name) for name in objects(store)}
+    code, out, err = told("show", s3)
+    assert (code, err) == (0, "")
+    assert re.search(says("step 8, epoch 2", "checkpoints", "4, 8"), out)
+    assert data("show", s3)["record"]["config"] == {"width": 7}
+    assert data("show", s3)["run"] == f"{s3}/checkpoints"
+    assert data("show", s3)["problems"] == []
+    monkeypatch.chdir(tmp_path)
+    assert told("report", s3)[0] == 0
+    assert (tmp_path / "digits" / "report.html").exists()
+    assert {name: store.get(name) for name in objects(store)} == before
 
 
 def test_what_a_run_sent_is_shown_with_its_log(s3, told, monkeypatch, tmp_path):

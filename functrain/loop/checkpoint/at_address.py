@@ -95,7 +95,10 @@ class AddressFolder(Folder):
         self.directory.mkdir(parents=True, exist_ok=True)
         if not self._is_made and name == [*self.mirror.known][-1]:
             self._adopt_alone()
-        return self.mirror.fetch(name, self.directory)
+        problem = self.mirror.fetch(name, self.directory)
+        if name not in self.mirror.known:  # Who writes has removed it, and has newer ones.
+            self.look()
+        return problem
 
     def damages(self, checkpoint: Path) -> list[str]:
         """As of a folder; what is at the address is read there, and not brought here."""

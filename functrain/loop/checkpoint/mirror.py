@@ -22,6 +22,7 @@ from functrain.loop.checkpoint.staging import OWN
 from functrain.loop.remote.store import Stat, Store
 
 _DRAFT = ".draft.json"
+_LOOKS = 100
 
 
 class Mirror:
@@ -37,6 +38,7 @@ class Mirror:
         self.store = store
         self.known: dict[str, bytes] = {}
         self.taken: set[str] = set()
+        self._listing: dict[str, Stat] = {}
 
     def look(self) -> dict[str, Stat]:
         """Finds what is there; returns the listing.
@@ -45,21 +47,32 @@ class Mirror:
           StorageError: it can't be told.
           CheckpointError: what is there is one checkpoint.
         """
-        listing = self.store.listed()
-        if str(contents_file(Path())) in listing:
-            above = str(self.store.address).rpartition("/")[0]
-            raise CheckpointError(f"{self.store.address} is a checkpoint itself: give what it lies in, {above}")
+        for _ in range(_LOOKS):
+            self._listing = listing = self.store.listed()
+            if str(contents_file(Path())) in listing:
+                above = str(self.store.address).rpartition("/")[0]
+                raise CheckpointError(f"{self.store.address} is a checkpoint itself: give what it lies in, {above}")
+            try:
+                self._read(listing)
+                return listing
+            except FileNotFoundError:  # Removed just then, as a newer one came.
+                continue
+        raise StorageError(f"{self.store.address} changes faster than it can be read: stop who writes there")
+
+    def _read(self, listing: Mapping[str, Stat]) -> None:
+        """Reads the manifests that are listed."""
         stems = [name.removesuffix(manifest.SUFFIX) for name in listing if name.endswith(manifest.SUFFIX)]
         named = {stem: name for stem in stems if (name := Name.of(stem))}
         ordered = sorted(named, key=named.__getitem__)
-        read = dict(zip(ordered, self._manifests(ordered), strict=True))
+        texts = self.store.in_parallel(lambda name: self.store.get(f"{name}{manifest.SUFFIX}"), ordered)
         # What is only called like a manifest is somebody else's; beside what is in every checkpoint, it is damaged.
         about = contents_file(Path())
         self.known = {
-            name: text for name, text in read.items() if self._objects(name, text) or f"{name}/{about}" in listing
+            name: text
+            for name, text in zip(ordered, texts, strict=True)
+            if self._objects(name, text) or f"{name}/{about}" in listing
         }
         self.taken = {name.partition("/")[0] for name in listing}
-        return listing
 
     def clear(self, listing: Mapping[str, Stat]) -> None:
         """Removes what a killed process left of a checkpoint that it had begun to send, or to remove."""
@@ -124,7 +137,8 @@ class Mirror:
           StorageError: it can't be read.
           OSError: it can't be written.
         """
-        problem = self._lacks(name)
+        was_listed = f"{name}{manifest.SUFFIX}" in self._listing
+        problem = self._lacks(name, self._listing if was_listed else self.store.listed(name))
         if problem is not None or name not in self.known:
             return problem
         fetched = directory / OWN / "fetched"
@@ -140,7 +154,8 @@ class Mirror:
             manifest.path_of(place).rename(manifest.path_of(directory / name))
             return None
         except FileNotFoundError as error:
-            if problem := self._lacks(name):
+            problem = self._lacks(name, self.store.listed(name))
+            if problem is not None or name not in self.known:
                 return problem
             raise StorageError(f"{self.store.address / name} changes while it is read ({error}): try again") from None
         finally:
@@ -212,22 +227,12 @@ class Mirror:
 
         self.store.in_parallel(copied, names)
 
-    def _manifests(self, names: list[str]) -> list[bytes]:
-        def read(name: str) -> bytes:
-            try:
-                return self.store.get(f"{name}{manifest.SUFFIX}")
-            except FileNotFoundError:  # Removed just then.
-                return b""
-
-        return self.store.in_parallel(read, names)
-
-    def _lacks(self, name: str) -> str | None:
-        """What a checkpoint lacks at the address, as its listing shows; one that is there no more is known no more."""
+    def _lacks(self, name: str, sizes: Mapping[str, Stat]) -> str | None:
+        """What a checkpoint lacks at the address, as a listing shows; one that is there no more is known no more."""
         try:
             files: Mapping[str, Any] = manifest.parsed(self.known[name], f"{name}{manifest.SUFFIX}")["files"]
         except ValueError as error:
             return str(error)
-        sizes = self.store.listed(name)
         for file, (size, _) in files.items():
             found = sizes.get(f"{name}/{file}")
             if found is not None and found.size == size:

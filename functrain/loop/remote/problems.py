@@ -24,7 +24,9 @@ def is_passing(error: Exception) -> bool:
     """Whether a request that failed may well succeed when it is made again."""
     text = str(error)
     return (
-        "TimedOut" in text or bool(_REQUEST.search(text)) or re.search(r"code: (?:5\d\d|408|429)\b", text) is not None
+        "TimedOut" in text
+        or bool(_REQUEST.search(text))
+        or re.search(r"code: (?:50[0234]|408|429)\b", text) is not None
     )
 
 

@@ -16,7 +16,7 @@ from functrain.loop.remote.problems import is_of_bucket, is_passing, told
 
 _Done = TypeVar("_Done")
 _PIECE = 8 << 20  # Bytes of a request: so small that each has time enough.
-_AT_ONCE = 8
+_AT_ONCE = 4  # Objects, and pieces of each: so many are in memory.
 _CLIENT = ("allow_http", "allow_invalid_certificates", "proxy_url", "proxy_excludes", "proxy_ca_certificate")
 _PAUSES = (0.1, 15.0)  # Seconds before a request is made again: at first, and at most.
 
@@ -186,7 +186,9 @@ class Store:
         return _obstore()
 
     def _put(self, name: str, content: bytes | Path, mode: Any = None) -> Any:
-        options = {"mode": mode, "use_multipart": False} if mode else {"chunk_size": _PIECE}
+        options = (
+            {"mode": mode, "use_multipart": False} if mode else {"chunk_size": _PIECE, "max_concurrency": _AT_ONCE}
+        )
         return self._obstore.put(self._objects, self._path(name), content, **options)
 
     def _check_tag(self, name: str, tag: str | None) -> None:

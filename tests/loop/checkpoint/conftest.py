@@ -1,7 +1,6 @@
 """What the tests of checkpoints share."""
 
 import pytest
-from s3 import proxy, s3, server  # noqa: F401
 from states import batch_of, simple
 
 import functrain as ft

@@ -12,7 +12,7 @@ from functrain.errors import CheckpointError, SaveError, StorageError
 from functrain.loop.checkpoint import manifest
 from functrain.loop.remote.store import Store
 
-QUICK = ft.Limits(request=2.0, patience=2.0, lease=2.0)
+QUICK = ft.Limits(request=2.0, patience=0.7, lease=2.0)
 
 
 @pytest.fixture(params=["s3", "memory", "file"])
@@ -95,17 +95,38 @@ def test_nothing_is_there_before_and_that_is_no_error(address, here):
     assert here(f"{address}-other", "b").restore(like=like()) is None
 
 
-def test_a_restart_on_the_same_machine_downloads_no_array(s3, proxy, here):
+def test_a_fresh_machine_lists_once_and_a_restart_downloads_no_array(s3, proxy, here):
     with here(s3) as checkpoints:
+        for number in (1, 2):
+            checkpoints.save(updated(number)[2])
+    files = [name for name in objects(Store(s3)) if name.startswith("2/")]
+    for machine, fetched in (("a", 0), ("b", len(files)), ("b", 0)):
+        proxy.seen.clear()
+        with here(s3, machine) as checkpoints:
+            checkpoints.open()
+            checkpoints.restore(like=like())
+        assert len([request for request in proxy.seen if "list-type" in request]) == 1
+        assert len([request for request in proxy.seen if request.startswith("GET") and "/2/" in request]) == fetched
+        assert not [request for request in proxy.seen if "/1/" in request]
+
+
+@pytest.mark.parametrize("at", ["GET /{}/digits/1/", "GET /{}/digits/1.manifest"])
+def test_a_reader_finds_what_came_in_the_place_of_what_it_had_listed(s3, proxy, here, at):
+    bucket, is_done = s3.split("/")[2], []
+    with here(s3, keep_last=1) as checkpoints:
         checkpoints.save(updated(1)[2])
-    proxy.seen.clear()
-    with here(s3) as checkpoints:
-        checkpoints.restore(like=like())
-    gets = [request for request in proxy.seen if request.startswith("GET")]
-    assert [request for request in gets if "list-type" in request and ".functrain" not in request] == [
-        gets[0] if "list-type" in gets[0] else next(request for request in gets if "list-type" in request)
-    ]
-    assert not [request for request in gets if "/1/" in request]
+        checkpoints.wait()
+
+        def fault(number, method, path):
+            if f"{method} {path}".startswith(at.format(bucket)) and not is_done:
+                is_done.append(True)
+                checkpoints.save(updated(2)[2])
+                checkpoints.wait()
+            return "pass"
+
+        proxy.fault = fault
+        assert int(here(s3, "b").restore(like=like()).state.step) == 2
+        assert is_done
 
 
 def test_objects_of_others_stay(address, here):
