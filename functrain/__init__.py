@@ -23,6 +23,7 @@ from functrain.errors import (
     PhaseError,
     RecordError,
     SaveError,
+    StartError,
     StorageError,
     UpdateError,
 )
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from functrain.loop.record.record import Record
     from functrain.loop.run import Run
     from functrain.loop.signals import StopSignals
+    from functrain.loop.start import start
     from functrain.loop.sweep import Sweep, lr_sweep
     from functrain.loop.to_mlflow import MLflow
     from functrain.loop.to_wandb import WandB
@@ -122,6 +124,7 @@ __all__ = [
     "Run",
     "SaveError",
     "Selector",
+    "StartError",
     "StopSignals",
     "StorageError",
     "Sweep",
@@ -149,6 +152,7 @@ __all__ = [
     "non_float",
     "partition",
     "read_json_lines",
+    "start",
     "take",
     "unflatten",
     "with_lr",
@@ -217,6 +221,7 @@ _LAZY = {
     "non_float": "functrain.tree.selectors",
     "partition": "functrain.tree.partition",
     "read_json_lines": "functrain.loop.logs",
+    "start": "functrain.loop.start",
     "take": "functrain.tree.selectors",
     "unflatten": "functrain.tree.paths",
     "with_lr": "functrain.optim.hyperparameters",

@@ -60,6 +60,10 @@ class RecordError(FunctrainError, ValueError):
     """A record of a run that can't be kept as asked, or the folder of one that is none."""
 
 
+class StartError(FunctrainError, ValueError):
+    """Processes of one run that are not told who they are."""
+
+
 class NonFiniteError(FunctrainError, ArithmeticError):
     """A loss or a parameter became NaN or infinite."""
 

@@ -31,6 +31,7 @@ from functrain.loop.run import Run
 from functrain.loop.saving import Rates, Saver
 from functrain.loop.shares import Shardings, shared
 from functrain.loop.signals import StopSignals
+from functrain.loop.start import end_together
 from functrain.loop.training import Plan, is_through, train
 from functrain.update.consumed import check_not_deleted
 from functrain.update.packed import as_it_was
@@ -197,6 +198,7 @@ def _run(
 
 def _ended(run: Run, plan: Plan, *, progress: bool | None, regroup: bool, fresh: bool, autopsy: bool) -> Result:
     """Has a run go on to its end; returns what it leaves."""
+    end_together()
     with StopSignals() as signals, contextlib.ExitStack() as stack:
         restored = _begin(run, plan, stack, regroup=regroup, fresh=fresh)
         shown = progress_shown(run, epochs=plan.epochs, steps=plan.steps, data=run.reader.data, wanted=progress)

@@ -125,6 +125,16 @@ def test_a_run_that_came_to_nothing_leaves_nothing_to_keep(tmp_path):
     assert [not list(tmp_path.glob("before*")), len(read(tmp_path)["sections"])] == [True, 1]
 
 
+def test_files_of_ones_own_that_are_named_like_those_of_a_record_are_kept(tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    own = {name: name.encode() for name in ("results/mine.npz", "source-code.tar.gz", "report.md")}
+    for name, content in own.items():
+        (tmp_path / name).write_bytes(content)
+    fitted(tmp_path)
+    assert {name: (tmp_path / "before-1" / name).read_bytes() for name in own} == own
+    assert f"is kept in {tmp_path / 'before-1'}" in capsys.readouterr().out
+
+
 def test_a_fresh_run_moves_record_and_checkpoints_of_one_folder_together(tmp_path):
     for epochs in (1, 2):
         fitted(tmp_path, epochs=epochs, checkpoints=ft.Checkpoints(tmp_path), fresh=epochs == 2)

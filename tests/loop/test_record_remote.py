@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import warm
+from records import fitted
 from runs import data_of, start, update_of
 from s3 import Server, environment, objects
 from s3 import s3 as s3  # noqa: PLC0414
@@ -93,6 +94,12 @@ def test_a_new_run_keeps_the_record_of_the_one_before_at_the_address(s3, tmp_pat
     ran(s3, tmp_path / "b", epochs=2)
     assert Store(s3).get("before-1/log.jsonl") == first
     assert rows_at(s3) == [(step, "train/loss") for step in range(1, 5)]
+
+
+def test_a_new_run_keeps_files_at_the_address_that_are_of_no_record(s3, tmp_path):
+    Store(s3).put("results/mine.npz", b"mine")
+    fitted(tmp_path, ft.Record(s3, staging=tmp_path / "here", report=False), epochs=1)
+    assert Store(s3).get("before-1/results/mine.npz") == b"mine"
 
 
 @pytest.mark.slow

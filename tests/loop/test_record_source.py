@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from records import committed, fitted, read, record_of, saved, unpacked
 from runs import Recorder
 
 from functrain.errors import RecordError
+from functrain.loop.record.masking import Masks
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,3 +121,82 @@ def test_no_secret_variable_token_or_home_is_in_a_record(tmp_path):
     assert run["command"][-4:] == ["--password", "***", "--api-key=***", "--data=~/data"]
     assert run["source"]["left_out"] == {".env": "may hold secrets"}
     assert {"text": "see ~/warned with ***", "count": 1} in run["sections"][0]["warnings"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET https://host/data.tar?token=swordfish9 failed",
+        "https://host/data.tar?sv=1&sig=swordfish9%3D",
+        "https://bucket/data?X-Amz-Credential=swordfish9&x=1",
+        "{'Authorization': 'Basic swordfish9swordfish9'}",
+        "curl -H 'Authorization: Bearer swordfish9swordfish9'",
+        "Settings(user='ada', password='swordfish9')",
+        'os.environ["OPENAI_API_KEY"] = "swordfish9"',
+        'api_key: str = "swordfish9"',
+        "password = b'swordfish9'",
+    ],
+)
+def test_what_a_text_gives_to_a_secrets_name_is_masked(text):
+    masks = Masks({}, home="")
+    assert "***" in masks.text(text)
+    assert "swordfish" not in masks.text(text) + masks.program(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "token = tokenizer.encode(text)",
+        'f"{host}?token={token}"',
+        "basic understanding of a bearer",
+        "d['token'] == 'x'",
+    ],
+)
+def test_what_is_only_about_secrets_stays(text):
+    assert Masks({}, home="").program(text) == text
+
+
+@pytest.mark.parametrize("name", ["DB_PASS", "STRIPE_KEY", "MY_SECRET_2", "NETRC_AUTH"])
+def test_what_a_secret_variable_holds_is_masked_and_what_another_does_is_not(name):
+    masks = Masks({name: "swordfish", "PWD": "/work/digits", "KEYBOARD": "dvorak-us", "PYTHONPASSES": "eleven"}, "")
+    assert masks.text("swordfish of /work/digits, dvorak-us eleven") == "*** of /work/digits, dvorak-us eleven"
+
+
+def test_what_is_below_a_secrets_name_is_masked_and_the_words_of_a_vocabulary_are_not():
+    masks = Masks({}, home="")
+    given = {
+        "secrets": {"db": "a", "more": [{"x": "b"}]},
+        "pad_token": "<pad>",
+        "special_tokens": ["<s>"],
+        "none": None,
+    }
+    assert masks.values(given) == given | {"secrets": {"db": "***", "more": [{"x": "***"}]}}
+    assert masks.command(["+db.password=1234", "token=5678", "rate=0.1"]) == [
+        "+db.password=***",
+        "token=***",
+        "rate=0.1",
+    ]
+
+
+def test_a_variable_that_is_set_after_another_record_is_masked_too(tmp_path, monkeypatch):
+    record_of(tmp_path)
+    monkeypatch.setenv("HUB_TOKEN", "swordfish")
+    assert record_of(tmp_path, config={"text": "a swordfish"}).config == {"text": "a ***"}
+
+
+def test_secrets_in_files_that_are_no_utf8_or_were_removed_are_in_no_source(tmp_path):
+    code, runs = tmp_path / "code", tmp_path / "runs"
+    committed(
+        code, {"src/train.py": "rate = 1\n", "src/.env": "A=rosebud\n", "src/deep/Key.PEM": "rosebud", "src/id": "1"}
+    )
+    (code / "src/train.py").write_bytes(b"# caf\xe9\npassword = 'swordfish'\n")
+    (code / "src/.env").unlink()
+    subprocess.run(["git", "-C", code, "rm", "-q", "src/deep/Key.PEM"], check=True)
+    fitted(runs, record_of(runs, source=code / "src"), 1)
+    with tarfile.open(runs / "source.tar.gz") as archive:
+        kept = {each.name: archive.extractfile(each).read() for each in archive}
+    assert kept["source/train.py"] == b"# caf\xe9\npassword = '***'\n"
+    assert b"+password = '***'" in kept["uncommitted.patch"]
+    assert not any(secret in content for content in kept.values() for secret in (b"swordfish", b"rosebud"))
+    assert read(runs)["source"]["left_out"] == {".env": "may hold secrets"}
+    assert read(runs)["source"]["masked"] == ["train.py"]

@@ -33,7 +33,7 @@ def facts_of(
       update: what trains.
       state: which it begins with.
       name: of the run.
-      config: the user's, as JSON has it.
+      config: the user's, as JSON has it, masked.
       folder: whose commit is meant.
       masks: what must not stand in it.
     """
@@ -44,7 +44,7 @@ def facts_of(
         "git": machine.commit(folder),
         "model": model_of(update, state),
     }
-    return {"name": name, "command": masks.command(machine.command()), **masks.values(facts)}
+    return {"name": name, "command": masks.command(machine.command()), **masks.texts(facts)}
 
 
 def model_of(update: Update, state: TrainState) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,32 +102,29 @@ class RecordFolder:
             return []
         return list(written["final"]) if isinstance(written, dict) and written.get("format") == FORMAT else []
 
-    def has_rows(self) -> bool:
-        """Whether there is something of a run in it that would be missed."""
-        return has_rows({path.name: path.stat().st_size for path in self.directory.glob("*") if path.is_file()})
-
     def clear(self, aside: Path | None) -> Path | None:
         """Moves what is of an earlier run to a folder "before-1", or to the one that is given; returns it.
 
-        Where there is nothing that would be missed, it is removed, and None returned.
+        What a run left that came to nothing is removed, and None returned.
         """
-        mine = [path for path in sorted(self.directory.glob("*")) if _is_ours(path.name)]
-        if aside is None and not self.has_rows():
-            for path in mine:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        mine = {path.name: path for path in sorted(self.directory.glob("*")) if _is_ours(path.name)}
+        if aside is None and came_to_nothing({name: path.stat().st_size for name, path in mine.items()}):
+            for path in mine.values():
+                path.unlink()
             return None
         if aside is None:
             places = (self.directory / f"before-{number}" for number in itertools.count(1))
             aside = next(place for place in places if not place.exists())
         aside.mkdir(exist_ok=True)
-        for path in mine:
+        for path in mine.values():
             path.rename(aside / path.name)
         return aside
 
 
-def has_rows(sizes: Mapping[str, int]) -> bool:
-    """Whether files, by name and size, have something of a run that would be missed."""
-    return RESULTS in sizes or sizes.get(LOG, 0) > 0
+def came_to_nothing(sizes: Mapping[str, int]) -> bool:
+    """Whether files, by name and size, are what a run left without rows or results; what is of no run is not."""
+    is_of_a_run = RUN in sizes or sizes.keys() <= {LOG}
+    return is_of_a_run and not sizes.get(LOG) and not any(name.startswith(RESULTS_FOLDER) for name in sizes)
 
 
 def _is_ours(name: str) -> bool:

@@ -122,10 +122,9 @@ class Keeper:
 
     def _where(self, checkpoints: Checkpoints) -> dict[str, Any]:
         place, mine = checkpoints.directory, self._folder.directory
-        is_within = place.is_relative_to(mine)
-        where = str(place.relative_to(mine)) if is_within else self._masks.text(str(place))
+        where = str(place.relative_to(mine)) if place.is_relative_to(mine) else str(place)
         where = str(checkpoints.where) if is_address(checkpoints.where) else where
-        return {"directory": where, "keep_best": dict(checkpoints.retention.best)}
+        return {"directory": self._masks.text(where), "keep_best": dict(checkpoints.retention.best)}
 
 
 def said(error: BaseException) -> str:

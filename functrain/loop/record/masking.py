@@ -1,6 +1,5 @@
 """What must not stand in a record: secrets, and the home folder."""
 
-import functools
 import os
 import re
 from collections.abc import Mapping
@@ -11,8 +10,11 @@ MASK = "***"
 _LEAST = 6  # Characters of a secret; shorter ones are words.
 _NAMES = r"(?:api|access|private|secret|auth|account)[_-]?keys?|(?:auth[_-]?)?tokens?|secrets?|passw(?:or)?d|passphrase"
 _NAMED = re.compile(rf"(?:.*[_./-])?(?:{_NAMES}|pwd|credentials?|authorization|bearer)", re.IGNORECASE)
-_OF_A_VOCABULARY = re.compile(r"(?:.*[_./-])?(?:pad|eos|bos|unk|mask|sep|cls|start|end|image)_token", re.IGNORECASE)
-_OF_ENVIRONMENT = re.compile(rf"(?:.*_)?(?:{_NAMES}|pwd|credentials?|auth)(?:_.*)?", re.IGNORECASE)
+_OF_A_VOCABULARY = re.compile(
+    r"(?:.*[_./-])?(?:(?:pad|eos|bos|unk|mask|sep|cls|start|end|image)_token|(?:special|added|extra)_tokens)",
+    re.IGNORECASE,
+)
+_OF_ENVIRONMENT = re.compile(rf"(?:.*_)?(?:{_NAMES}|pass|pwd|credentials?|auth)(?:_.*)?|.*_key", re.IGNORECASE)
 _PLACES = {"PWD", "OLDPWD", "SSH_AUTH_SOCK"}  # Named like secrets, and none.
 _KNOWN = re.compile(
     r"""
@@ -27,11 +29,18 @@ _KNOWN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_ASSIGNED = re.compile(
-    rf"""(?P<name>\b[\w-]*(?:{_NAMES})["']?\s*[:=]\s*)(?P<quote>["'])(?P<value>[^"'\s]{{8,}})(?P=quote)""",
+# Of requests: headers, and addresses that are signed.
+_GIVEN = re.compile(
+    rf"""(?P<name>(?:\bbearer|\bauthorization["']?\s*[:=]\s*["']?\w+)\s+(?=\S{{16}})"""
+    rf"""|[?&](?:[\w.-]*(?:{_NAMES})|sig|[\w-]*signature|[\w-]*credential)=(?=\S{{8}}))[\w.~+/%=-]+""",
     re.IGNORECASE,
 )
-_OPTION = re.compile(r"(?P<name>-{0,2}[\w.-]+)(?:=(?P<value>.*))?", re.DOTALL)
+_ASSIGNED = re.compile(
+    rf"""(?P<name>\b[\w-]*(?:{_NAMES})["']?\]?\s*(?::\s*\w+\s*=|[:=])\s*[bru]?)"""
+    r"""(?P<quote>["'])(?P<value>[^"'\s]{8,})(?P=quote)""",
+    re.IGNORECASE,
+)
+_OPTION = re.compile(r"(?P<name>[-+]{0,2}[\w.-]+)(?:=(?P<value>.*))?", re.DOTALL)
 _HOMES = re.compile(r"(?<![\w.~-])(?:/home|/Users|/var/home|[A-Za-z]:\\Users)[/\\][^/\\\s'\":;,]+")
 
 
@@ -70,13 +79,13 @@ class Masks:
         return _HOMES.sub("~", text if self._home is None else self._home.sub("~", text))
 
     def program(self, text: str) -> str:
-        """A text of a program, or a patch of one, without what is secret, and what is assigned to a secret's name."""
-        text = _ASSIGNED.sub(lambda found: f"{found['name']}{found['quote']}{MASK}{found['quote']}", text)
+        """A text of a program, or a patch of one, without what is secret."""
         text = self._without_secrets(text)
         return text if self._home is None else self._home.sub("~", text)  # A home of nobody here is an example.
 
     def _without_secrets(self, text: str) -> str:
-        text = _KNOWN.sub(MASK, text)
+        text = _ASSIGNED.sub(lambda found: f"{found['name']}{found['quote']}{MASK}{found['quote']}", text)
+        text = _GIVEN.sub(lambda found: f"{found['name']}{MASK}", _KNOWN.sub(MASK, text))
         return text if self._secrets is None else self._secrets.sub(MASK, text)
 
     def command(self, words: list[str]) -> list[str]:
@@ -84,7 +93,7 @@ class Masks:
         masked, is_next = [], False
         for word in words:
             found = _OPTION.fullmatch(word)
-            is_secret = found is not None and _NAMED.fullmatch(found["name"].lstrip("-")) is not None
+            is_secret = found is not None and _NAMED.fullmatch(found["name"].lstrip("-+")) is not None
             if is_next and not word.startswith("--"):
                 masked.append(MASK)
             elif is_secret and found is not None and found["value"] is not None:
@@ -95,17 +104,28 @@ class Masks:
         return masked
 
     def values(self, value: Any, name: str = "") -> Any:
-        """What JSON can hold without what is secret in it, and without texts under the name of a secret."""
+        """What JSON can hold without what is secret in it, and without texts at and below the name of a secret.
+
+        >>> Masks({}, home="").values({"db": {"password": "1234"}, "secrets": {"db": "1234"}, "max_tokens": 8})
+        {'db': {'password': '***'}, 'secrets': {'db': '***'}, 'max_tokens': 8}
+        """
         if isinstance(value, Mapping):
-            return {self.text(key): self.values(each, key) for key, each in value.items()}
+            below = name if _is_secret(name) else ""
+            return {self.text(key): self.values(each, below or key) for key, each in value.items()}
         if isinstance(value, list):
             return [self.values(each, name) for each in value]
         if not isinstance(value, str):
             return value
-        return MASK if value and _NAMED.fullmatch(name) and not _OF_A_VOCABULARY.fullmatch(name) else self.text(value)
+        return MASK if value and _is_secret(name) else self.text(value)
+
+    def texts(self, value: Any) -> Any:
+        """What JSON can hold without what is secret in its texts, whatever they are called."""
+        if isinstance(value, Mapping):
+            return {self.text(key): self.texts(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [self.texts(each) for each in value]
+        return self.text(value) if isinstance(value, str) else value
 
 
-@functools.cache
-def masks_of_this_process() -> Masks:
-    """Made once; a variable that is set later is not known."""
-    return Masks.of_this_process()
+def _is_secret(name: str) -> bool:
+    return _NAMED.fullmatch(name) is not None and _OF_A_VOCABULARY.fullmatch(name) is None

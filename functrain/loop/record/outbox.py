@@ -11,7 +11,7 @@ from pathlib import Path
 from functrain.errors import LogError, StorageError
 from functrain.loop.lines import LOG, lines_of
 from functrain.loop.record.files import FILES, RESULTS, RUN
-from functrain.loop.record.folder import RecordFolder, has_rows
+from functrain.loop.record.folder import RecordFolder, came_to_nothing
 from functrain.loop.remote.store import Store
 from functrain.tree.warn import warn
 
@@ -52,7 +52,7 @@ class Outbox:
           StorageError: it can't be moved.
         """
         names = self._listed()
-        if not has_rows(names):
+        if came_to_nothing(names):
             self._store.delete(names)
             return None
         places = (f"before-{number}" for number in itertools.count(1))

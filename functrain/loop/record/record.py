@@ -19,7 +19,7 @@ from functrain.loop.logs import JsonLines
 from functrain.loop.record.files import FILES
 from functrain.loop.record.folder import RecordFolder
 from functrain.loop.record.keeping import Keeper, said
-from functrain.loop.record.masking import masks_of_this_process
+from functrain.loop.record.masking import Masks
 from functrain.loop.record.outbox import Outbox
 from functrain.loop.record.plainly import plainly
 from functrain.loop.record.sections import Began, Ended, How
@@ -102,7 +102,7 @@ class Record(Hook):
         self.directory = Path(directory if store is None else staging or cache_of(store.address)).absolute()
         self.final = [final] if isinstance(final, Evaluation) else list(final)
         _check(self.directory, self.final, report=report)
-        masks = masks_of_this_process()
+        masks = Masks.of_this_process()
         self.config: dict[str, Any] = masks.values(_mapping(plainly({} if config is None else config)))
         self._folder = RecordFolder(self.directory)
         code = None if source is None else Path(source).absolute()

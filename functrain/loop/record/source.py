@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import tarfile
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +17,12 @@ from functrain.tree.text import bytes_in_words, listed
 _MOST = 5 << 20  # Bytes of a file; source has less.
 _MOST_OF_ALL = 100 << 20
 _GONE = "no file"
-_SECRET = (".env", ".netrc", ".npmrc", ".pypirc", "id_rsa", "id_ed25519", "credentials", "credentials.json")
-_SECRET_ENDS = (".pem", ".key", ".p12", ".pfx", ".kdbx")
+# Files that may hold secrets, by their names.
+_SECRET = (
+    *(".env*", ".netrc", ".npmrc", ".pypirc", ".git-credentials", ".htpasswd", "credentials", "credentials.json"),
+    *("id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.kdbx"),
+    *("client_secret*.json", "secrets.json", "secrets.yaml", "secrets.yml", "secrets.toml"),
+)
 
 
 class Source(NamedTuple):
@@ -69,6 +74,7 @@ def source_of(folder: Path, masks: Masks) -> Source:
             left_out[name] = problem
     # A new repository has no commit; all is in the files then.
     without = [f":(exclude,literal){name}" for name, problem in left_out.items() if problem != _GONE]
+    without += [f":(exclude,glob,icase)**/{name}" for name in _SECRET]  # That of one that was removed has all of it.
     patch = git(folder, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD", "--", ".", *without)
     masked = {name: _masked(content, masks) for name, content in files.items()}
     changed = [name for name, content in files.items() if masked[name] != content]
@@ -85,19 +91,18 @@ def _names(listing: bytes) -> list[str]:
 def _problem(folder: Path, name: str, taken: int) -> str | None:
     """Why a file is left out."""
     path = folder / name
+    if any(fnmatch(path.name.lower(), each) for each in _SECRET):
+        return "may hold secrets"
     if path.is_symlink() or not path.is_file():
         return _GONE
     if (size := path.stat().st_size) > _MOST or taken + size > _MOST_OF_ALL:
         return bytes_in_words(size)
-    last = path.name.lower()
-    return "may hold secrets" if last in _SECRET or last.endswith(_SECRET_ENDS) or last.startswith(".env") else None
+    return None
 
 
 def _masked(content: bytes, masks: Masks) -> bytes:
-    try:
-        return masks.program(content.decode()).encode()
-    except UnicodeDecodeError:
-        return content
+    # Of what is no UTF-8 the bytes that are not stay as they are.
+    return masks.program(content.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
 
 def _archive(files: dict[str, bytes]) -> bytes:
