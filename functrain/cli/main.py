@@ -12,6 +12,7 @@ from typing import Any
 
 from functrain import __version__
 from functrain.cli.answer import Answer, plain, strict
+from functrain.cli.place import forget
 from functrain.errors import FunctrainError
 
 _CODES = "exit codes: 0 as asked, 1 {one}, 2 trouble, which is told on standard error"
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        forget()
     for note in answer.notes:
         print(plain(f"functrain {arguments.command}: {note}"), file=sys.stderr)
     _print(json.dumps(strict(answer.data), allow_nan=False) if arguments.json else plain(answer.text))

@@ -1,6 +1,5 @@
 """Where the files of a run are."""
 
-import atexit
 import os
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from functrain.loop.record.reading import read_run
 from functrain.loop.remote.address import Address, is_address
 
 _BY_CUSTOM = "checkpoints"
+_BROUGHT: list[str] = []  # Folders of what was brought from addresses.
 
 
 class Place(NamedTuple):
@@ -93,6 +93,12 @@ def absolute(path: str) -> Path:
     return Path(os.path.abspath(path))
 
 
+def forget() -> None:
+    """Deletes what was brought from addresses."""
+    while _BROUGHT:
+        shutil.rmtree(_BROUGHT.pop(), ignore_errors=True)
+
+
 def _at_address(run: str) -> Place:
     """The files of a run at an address: its record, and what its checkpoints say of themselves; no arrays."""
     folder = _either(run)
@@ -137,7 +143,7 @@ def _temporary(address: str) -> Path:
     """A folder called as what lies at an address, which is deleted when the command ends."""
     name = str(Address.of(address)).rpartition("/")[2]
     root = tempfile.mkdtemp(prefix="functrain-")
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    _BROUGHT.append(root)
     here = Path(root) / name
     here.mkdir()
     return here

@@ -1,6 +1,7 @@
 """The commands, of runs at an address."""
 
 import re
+import tempfile
 
 import pytest
 from s3 import objects
@@ -28,13 +29,15 @@ def alike(address, folder, one, other):
 
 
 @pytest.mark.parametrize("command", ["show", "checkpoints", "verify"])
-def test_a_command_says_of_an_address_what_it_says_of_the_folder(made, sent, told, command):
+def test_a_command_says_of_an_address_what_it_says_of_the_folder(made, sent, told, command, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder, before = made / "digits", Store(sent).listed()
     (code, out, err), (its_code, its_out, its_err) = told(command, sent), told(command, folder)
     assert (code, err) == (its_code, its_err) == (0, "")
     assert alike(sent, folder, out, its_out)
     assert alike(sent, folder, told(command, sent, "--json")[1], told(command, folder, "--json")[1])
     assert Store(sent).listed() == before
+    assert not [*tmp_path.glob("functrain-*")]
 
 
 def test_checkpoints_in_the_folder_of_a_run_at_an_address(made, s3, told):
