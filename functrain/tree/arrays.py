@@ -97,6 +97,16 @@ def placed(leaf: Any, sharding: Any) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index or ()])
 
 
+def shortest(sharding: Any) -> Any:
+    """The same sharding without what its spec ends with in vain: for P() and P(None) JAX would compile two programs."""
+    if not isinstance(sharding, jax.NamedSharding) or not sharding.spec or sharding.spec[-1] is not None:
+        return sharding
+    spec = [*sharding.spec]
+    while spec and spec[-1] is None:
+        spec.pop()
+    return sharding.update(spec=jax.P(*spec))
+
+
 def leading_lengths(tree: PyTree) -> dict[str, tuple[int, ...]]:
     """The length of each leaf's leading axis by path, as a shape; `()` for a scalar.
 

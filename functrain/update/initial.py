@@ -9,7 +9,7 @@ import numpy as np
 
 from functrain.errors import UpdateError
 from functrain.optim.adoption import Adoption
-from functrain.tree.arrays import as_array, committed_sharding, placed, replicated_over
+from functrain.tree.arrays import as_array, committed_sharding, placed, replicated_over, shortest
 from functrain.tree.paths import PyTree, flatten
 from functrain.tree.text import listed
 from functrain.update.ema import adopted_ema
@@ -37,6 +37,8 @@ def initial_state(
         if id(leaf) in taken:
             leaf = jnp.array(leaf, copy=True)
         taken.add(id(leaf))
+        if (sharding := committed_sharding(leaf)) is not (short := shortest(sharding)):
+            leaf = jax.device_put(leaf, short)
         return leaf if replicated is None or committed_sharding(leaf) else placed(leaf, replicated)
 
     counter = np.zeros((), np.int64)
@@ -88,7 +90,9 @@ def abstract_state(options: Options, params: PyTree, *, model_state: Any, key: A
     replicated = replicated_over(params)
     if replicated is not None:
         as_given = (params, model_state, key)
-        of_params, of_model, of_key = jax.tree.map(lambda leaf: committed_sharding(leaf) or replicated, as_given)
+        of_params, of_model, of_key = jax.tree.map(
+            lambda leaf: shortest(committed_sharding(leaf) or replicated), as_given
+        )
         shardings = dataclasses.replace(
             shapes,
             params=of_params,

@@ -169,3 +169,17 @@ def test_a_program_is_lowered_of_shapes_alone_as_of_arrays():
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batches_of(1)[0])
     lowered = update.lower(update.abstract(linear_params()), shapes)
     assert lowered.as_text() == update.lower(update.init(linear_params()), shapes).as_text()
+
+
+def test_a_spec_that_ends_in_vain_compiles_no_second_program():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    update, batch = ft.make_update(loss_fn, optimizer_of(linear_params())), batches_of(1)[0]
+    compiled = []
+    for spec in (jax.P(), jax.P(None), jax.P(None, None)):
+        params = jax.device_put(linear_params(), jax.NamedSharding(mesh, spec))
+        with Compiled() as found:
+            state, _ = update(update.init(params), batch)
+        compiled.append(found.names)
+        shardings = [leaf.sharding for leaf in jax.tree.leaves(state.params)]
+        assert shardings == [leaf.sharding for leaf in jax.tree.leaves(update.abstract(params).params)]
+    assert compiled == [["whole"], [], []]
