@@ -52,6 +52,27 @@ def test_a_run_that_goes_on_adds_a_section_that_says_what_changed(tmp_path):
     assert rows(tmp_path) == [(5, 1), (10, 2), (15, 3)]
 
 
+def test_an_audit_is_of_the_program_that_goes_on_and_one_that_fails_ends_no_run(tmp_path):
+    tries = []
+
+    class Refusing(ft.Hook):
+        def epoch_ended(self, run):
+            refuses.append(1)
+
+    def refusing(params, batch):
+        if refuses:
+            tries.append(1)
+            raise LookupError("not on shapes alone")
+        return loss_fn(params, batch)
+
+    refuses = []
+    fitted(tmp_path, epochs=1, checkpoints=saved(tmp_path))
+    assert read(tmp_path)["model"]["audit"] is not None
+    fitted(tmp_path, epochs=4, checkpoints=saved(tmp_path), update=update_of(refusing), hooks=[Refusing()])
+    assert read(tmp_path)["model"]["audit"] is None
+    assert len(tries) == 1
+
+
 def test_a_finished_run_started_again_adds_nothing(tmp_path):
     for _ in range(2):
         fitted(tmp_path, record_of(tmp_path, final=evaluation()), checkpoints=saved(tmp_path))

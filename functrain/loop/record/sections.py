@@ -50,16 +50,6 @@ class Sections:
         self._began = self._before = 0.0
         self._is_told = False
 
-    @property
-    def is_begun(self) -> bool:
-        """Whether there is a section that has not ended."""
-        return self._run is not None
-
-    @property
-    def is_audited(self) -> bool:
-        """Whether the facts have an audit."""
-        return self._run is not None and self._run["model"]["audit"] is not None
-
     def begin(self, facts: Mapping[str, Any], source: Source | None, began: Began) -> None:
         """Begins a section: the first of a new run, or one more with what changed since the last."""
         earlier = self._folder.run()
@@ -67,8 +57,6 @@ class Sections:
         kept = self._kept(source, earlier or {}, len(sections) + 1)
         run = {"format": FORMAT, **facts, "source": kept}
         changed = {} if earlier is None else changes(earlier, run)
-        if earlier is not None and run["model"]["audit"] is None:
-            run["model"] = run["model"] | {"audit": earlier.get("model", {}).get("audit")}
         self._before = next((one["seconds"] for one in reversed(sections) if one.get("seconds")), 0.0)
         self._began = time.time()
         section: dict[str, Any] = {
