@@ -116,10 +116,44 @@ def test_warnings_of_a_run_are_shown_and_kept(tmp_path):
 
     with pytest.warns(UserWarning, match="the fan is loud"):
         fitted(tmp_path, hooks=[Loud()])
-    assert read(tmp_path)["sections"][0]["warnings"] == [{"text": "the fan is loud", "count": 2}]
+    told = read(tmp_path)["sections"][0]["warnings"]
+    assert {"text": "the fan is loud", "count": 2} in told
     with pytest.warns(UserWarning, match="after it"):
         warnings.warn("after it", stacklevel=1)
-    assert len(read(tmp_path)["sections"][0]["warnings"]) == 1
+    assert read(tmp_path)["sections"][0]["warnings"] == told
+
+
+def test_the_versions_are_those_that_were_imported_whatever_is_installed_since(tmp_path):
+    code = """
+        import importlib.metadata, pathlib, shutil, sys
+        sys.path[:0] = ["tests/loop", sys.argv[1]]
+        for name in ("kept", "gone"):
+            pathlib.Path(sys.argv[1], f"{name}.py").touch()
+            about = pathlib.Path(sys.argv[1], f"{name}-1.0.dist-info")
+            about.mkdir()
+            (about / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: {name}\\nVersion: 1.0\\n")
+            (about / "top_level.txt").write_text(name)
+        import gone, kept
+        import functrain as ft
+        from records import fitted, record_of
+
+        class Upgrading(ft.Hook):
+            def epoch_ended(self, run):
+                for name in ("kept", "gone"):
+                    about = pathlib.Path(sys.argv[1], f"{name}-1.0.dist-info")
+                    if name == "gone":
+                        shutil.rmtree(about)
+                    else:
+                        (about / "METADATA").write_text("Metadata-Version: 2.1\\nName: kept\\nVersion: 2.0\\n")
+
+        run = pathlib.Path(sys.argv[1], "run")
+        print(int(fitted(run, record_of(run), 1, hooks=[Upgrading()]).state.step))
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), tmp_path], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert ended.stdout == "5\n", ended.stderr
+    assert read(tmp_path / "run")["versions"].items() >= {"kept": "1.0", "gone": "1.0"}.items()
 
 
 # What stays of another run.

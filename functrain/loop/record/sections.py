@@ -94,7 +94,8 @@ class Sections:
         if self._run is None:
             return
         seconds = self._before + time.time() - self._began if ended.seconds is None else ended.seconds
-        self._run["versions"] |= machine.versions()  # More is imported than at its beginning.
+        # More is imported than at its beginning; what was then may be another on the disk now, and not here.
+        self._run["versions"] = machine.versions() | self._run["versions"]
         self._section(
             ended=time.time(),
             to_step=ended.step,
@@ -118,7 +119,7 @@ class Sections:
         self._run["sections"][-1] |= facts
 
     def _warnings(self) -> list[dict[str, Any]]:
-        return [{"text": self._masks.text(text), "count": count} for text, count in self._heard.counts.items()]
+        return [{"text": self._masks.text(text), "count": count} for text, count in self._heard.counted()]
 
     def _kept(self, source: Source | None, earlier: Mapping[str, Any], number: int) -> dict[str, Any] | None:
         """Writes the source, unless it is what an earlier section had, and says of it what there is to say."""
