@@ -162,6 +162,7 @@ class Record(Hook):
         self._check_begun("log(step, row)")
         if self._log is not None:
             self._log.log(step, row)
+            self._send()
 
     def end(self, state: TrainState, *, why: str | None = None) -> None:
         """Evaluates the last and the best state, and writes the results and the report.
@@ -273,7 +274,10 @@ class Record(Hook):
 
     def _note(self, run: Run) -> None:
         self._keeper.note(run.state, run.batch)
-        if self._outbox is not None and jax.process_index() == 0:
+        self._send()
+
+    def _send(self) -> None:
+        if self._outbox is not None and self._lock.is_held:
             self._outbox.send()
 
     def _is_evaluated(self, step: int) -> bool:
