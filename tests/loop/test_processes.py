@@ -176,3 +176,30 @@ def test_processes_that_hold_the_same_rows_and_give_others_are_told():
     assert printed[0][0].startswith(
         "FitError processes hold the same rows of 'x' and gave others: each reads those that its devices hold, as"
     )
+
+
+@pytest.mark.slow
+def test_the_record_of_several_processes_is_written_by_the_first_and_all_evaluate_or_none(tmp_path):
+    printed = together(
+        f"""
+        import pathlib
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        sharding = jax.NamedSharding(mesh, jax.P("data"))
+        state, read = update.init(jax.device_put(params, jax.NamedSharding(mesh, jax.P()))), []
+
+        def eval_step(params, batch):
+            return {{"loss": (batch["x"] @ params["w"] - batch["y"]) ** 2}}
+
+        for steps in (4, 4):  # In folders that are not of one file system.
+            test = ft.from_arrays({{"x": xs, "y": ys}}, 16)
+            final = ft.Evaluation(eval_step, test, name="test")
+            record = ft.Record(pathlib.Path({str(tmp_path)!r}, str(process)), final=final, report=False)
+            result = ft.fit(update, state, data, steps=steps, sharding=sharding, progress=False, record=record)
+            state = result.state
+            print(int(state.step), [*result.final])
+        """,
+        processes=2,
+    )
+    assert printed[0] == ["4 ['last']"] * 2
+    assert [line[0] for line in printed[1]] == ["4", "4"]
+    assert [path.name for path in tmp_path.glob("*/run.json")] == ["run.json"]

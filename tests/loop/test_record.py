@@ -52,6 +52,27 @@ def test_a_run_that_goes_on_adds_a_section_that_says_what_changed(tmp_path):
     assert rows(tmp_path) == [(5, 1), (10, 2), (15, 3)]
 
 
+def test_an_audit_is_of_the_program_that_goes_on_and_one_that_fails_ends_no_run(tmp_path):
+    tries = []
+
+    class Refusing(ft.Hook):
+        def epoch_ended(self, run):
+            refuses.append(1)
+
+    def refusing(params, batch):
+        if refuses:
+            tries.append(1)
+            raise LookupError("not on shapes alone")
+        return loss_fn(params, batch)
+
+    refuses = []
+    fitted(tmp_path, epochs=1, checkpoints=saved(tmp_path))
+    assert read(tmp_path)["model"]["audit"] is not None
+    fitted(tmp_path, epochs=4, checkpoints=saved(tmp_path), update=update_of(refusing), hooks=[Refusing()])
+    assert read(tmp_path)["model"]["audit"] is None
+    assert len(tries) == 1
+
+
 def test_a_finished_run_started_again_adds_nothing(tmp_path):
     for _ in range(2):
         fitted(tmp_path, record_of(tmp_path, final=evaluation()), checkpoints=saved(tmp_path))
@@ -95,10 +116,44 @@ def test_warnings_of_a_run_are_shown_and_kept(tmp_path):
 
     with pytest.warns(UserWarning, match="the fan is loud"):
         fitted(tmp_path, hooks=[Loud()])
-    assert read(tmp_path)["sections"][0]["warnings"] == [{"text": "the fan is loud", "count": 2}]
+    told = read(tmp_path)["sections"][0]["warnings"]
+    assert {"text": "the fan is loud", "count": 2} in told
     with pytest.warns(UserWarning, match="after it"):
         warnings.warn("after it", stacklevel=1)
-    assert len(read(tmp_path)["sections"][0]["warnings"]) == 1
+    assert read(tmp_path)["sections"][0]["warnings"] == told
+
+
+def test_the_versions_are_those_that_were_imported_whatever_is_installed_since(tmp_path):
+    code = """
+        import importlib.metadata, pathlib, shutil, sys
+        sys.path[:0] = ["tests/loop", sys.argv[1]]
+        for name in ("kept", "gone"):
+            pathlib.Path(sys.argv[1], f"{name}.py").touch()
+            about = pathlib.Path(sys.argv[1], f"{name}-1.0.dist-info")
+            about.mkdir()
+            (about / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: {name}\\nVersion: 1.0\\n")
+            (about / "top_level.txt").write_text(name)
+        import gone, kept
+        import functrain as ft
+        from records import fitted, record_of
+
+        class Upgrading(ft.Hook):
+            def epoch_ended(self, run):
+                for name in ("kept", "gone"):
+                    about = pathlib.Path(sys.argv[1], f"{name}-1.0.dist-info")
+                    if name == "gone":
+                        shutil.rmtree(about)
+                    else:
+                        (about / "METADATA").write_text("Metadata-Version: 2.1\\nName: kept\\nVersion: 2.0\\n")
+
+        run = pathlib.Path(sys.argv[1], "run")
+        print(int(fitted(run, record_of(run), 1, hooks=[Upgrading()]).state.step))
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), tmp_path], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert ended.stdout == "5\n", ended.stderr
+    assert read(tmp_path / "run")["versions"].items() >= {"kept": "1.0", "gone": "1.0"}.items()
 
 
 # What stays of another run.

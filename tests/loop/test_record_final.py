@@ -1,9 +1,11 @@
 """The final evaluation of a run, and a record in a loop of one's own."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from records import evaluation, fitted, read, record_of, saved
-from runs import Recorder, data_of, start, update_of
+from runs import Recorder, data_of, scripted, start, update_of
 
 import functrain as ft
 from functrain.errors import EvaluationError, FitError, RecordError
@@ -84,6 +86,69 @@ def test_what_fails_in_a_final_evaluation_loses_no_run(tmp_path):
     assert (int(result.state.step), result.final) == (10, {})
     assert read(tmp_path)["sections"][0]["how"] == "finished"
     assert any("not with these" in each["text"] for each in read(tmp_path)["sections"][0]["warnings"])
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError])
+def test_what_a_package_raises_loses_no_run_and_what_was_found_before_it_is_kept(tmp_path, error):
+    class OfTheBest:
+        names = ("error",)
+
+        def __init__(self):
+            self.calls = 0
+
+        def function(self, error_):
+            self.calls += 1
+            if self.calls == 2:
+                raise error("only one class")
+            return 1.0
+
+    valid = ft.Evaluation(lambda params, batch: {"worse": batch["y"] * 0 - jnp.abs(params["head"]["b"])}, data_of())
+    record = record_of(tmp_path, final=evaluation(metrics={"n": OfTheBest()}))
+    checkpoints = saved(tmp_path, keep_best="valid/worse", mode="max")
+    with pytest.warns(UserWarning, match=f"the final evaluation of .* failed: {error.__name__}: .*only one class"):
+        result = fitted(tmp_path, record, 4, evaluation=valid, checkpoints=checkpoints)
+    assert (int(result.state.step), [*result.final]) == (20, ["last"])
+    assert [entry["of"] for entry in read(tmp_path, "results.json")["final"]] == ["last"]
+
+
+def test_each_evaluation_of_a_finished_run_is_made_once_whenever_it_is_given(tmp_path):
+    class Stopping(ft.Hook):
+        def run_started(self, run):
+            if run.step == 10:
+                run.stop("enough")
+
+    def counted(name):
+        return evaluation(name, metrics={"n": ft.OnHost(lambda error: calls.append(name) or 1.0, "error")})
+
+    def fit(names, epochs):
+        record = record_of(tmp_path, final=[counted(name) for name in names])
+        return fitted(tmp_path, record, epochs, checkpoints=saved(tmp_path), hooks=[Stopping()] * (epochs > 2))
+
+    calls = []
+    for names, epochs in ((["one"], 2), (["one"], 2), (["one"], 3), (["one", "two"], 2), (["two"], 3)):
+        result = fit(names, epochs)
+        assert {f"{name}/n" for name in names} <= {*result.final["last"]}
+    assert calls == ["one", "one", "two"]
+    assert len(read(tmp_path)["sections"]) == 1
+
+
+def test_of_several_best_states_one_at_a_time_is_in_memory(tmp_path):
+    def count(batches):
+        for batch in batches:
+            counts.append(sum(leaf.shape == (3, 4) for leaf in jax.live_arrays()))
+            yield batch
+
+    class Counting:
+        def __iter__(self):
+            return count(data_of())
+
+    counts = []
+    final = ft.Evaluation(lambda params, batch: {"loss": batch["y"]}, Counting(), name="test")
+    valid = [scripted(1, 3, 2, 2, name="a"), scripted(3, 3, 1, 2, name="b")]
+    checkpoints = saved(tmp_path, keep_best={"a/loss": "max", "b/loss": "min"})
+    fitted(tmp_path, record_of(tmp_path, final=final), 4, evaluation=valid, checkpoints=checkpoints)
+    assert [entry["step"] for entry in read(tmp_path, "results.json")["final"]] == [20, 10, 15]
+    assert counts[-1] == counts[len(counts) // 2]
 
 
 def test_a_figure_that_fails_costs_the_figure_alone(tmp_path):

@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import textwrap
+import time
 
 import pytest
 import warm
@@ -17,6 +20,8 @@ import functrain as ft
 from functrain.cli.main import main
 from functrain.errors import RecordError, StorageError
 from functrain.loop.lines import lines_of
+from functrain.loop.record.folder import RecordFolder
+from functrain.loop.record.outbox import Outbox
 from functrain.loop.remote.store import Store
 
 PROGRAM = """
@@ -94,6 +99,52 @@ def test_a_new_run_keeps_the_record_of_the_one_before_at_the_address(s3, tmp_pat
     ran(s3, tmp_path / "b", epochs=2)
     assert Store(s3).get("before-1/log.jsonl") == first
     assert rows_at(s3) == [(step, "train/loss") for step in range(1, 5)]
+
+
+def test_a_loop_of_ones_own_sends_its_record_as_it_grows(s3, tmp_path):
+    update = update_of()
+    with ft.Record(s3, staging=tmp_path, report=False) as record:
+        record.begin(update, update.init(start()))
+        record.log(1, {"loss": 0.5})
+        until = time.monotonic() + 60
+        while not {"log.jsonl", "run.json"} <= {*objects(Store(s3))} and time.monotonic() < until:
+            time.sleep(0.05)
+        assert [row["step"] for _, row in lines_of("log", Store(s3).get("log.jsonl")).rows] == [1]
+        assert json.loads(Store(s3).get("run.json"))["sections"][0]["how"] is None
+
+
+def test_a_machine_that_has_the_record_of_another_run_goes_on_with_the_one_at_the_address(s3, tmp_path):
+    """That of a run which was begun anew elsewhere, and has fewer rows."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    fitted(here, ft.Record(s3, staging=here, config={"run": 1}, report=False), epochs=3)
+    state = fitted(there, ft.Record(s3, staging=there, config={"run": 2}, report=False), epochs=1).state
+    record = ft.Record(s3, staging=here, config={"run": 2}, report=False)
+    with pytest.warns(UserWarning, match=rf"of another run than {s3} has; it is kept in {here / 'before-1'}"):
+        ft.fit(update_of(), state, data_of(), steps=10, record=record, progress=False)
+    run = json.loads(Store(s3).get("run.json"))
+    assert [(section["from_step"], section["changed"]) for section in run["sections"]] == [(0, {}), (5, {})]
+    assert len(ft.read_json_lines(here / "before-1" / "log.jsonl")) == 3
+
+
+def test_what_is_sent_of_a_file_that_is_written_anew_meanwhile_is_whole(tmp_path):
+    folder, store = RecordFolder(tmp_path / "here"), Store(f"file://{tmp_path}/there")
+    for name, count in (("short", 0), ("long", 1000)):
+        (tmp_path / name).write_text(json.dumps({"sections": [0] * count}))
+    folder.write_run({"sections": []})
+    code = """
+        import itertools, os
+        for name in itertools.cycle(("short", "long")):
+            os.link(name, "next")
+            os.replace("next", "here/run.json")
+    """
+    outbox = Outbox(store, folder)
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path) as replacing:
+        try:
+            for _ in range(1000):
+                outbox.sent()
+                json.loads(store.get("run.json"))
+        finally:
+            replacing.kill()
 
 
 def test_a_new_run_keeps_files_at_the_address_that_are_of_no_record(s3, tmp_path):

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 from functrain.auditing.audit import audit
-from functrain.errors import FunctrainError
 from functrain.loop.record import machine
 from functrain.loop.record.masking import Masks
 from functrain.loop.record.plainly import plainly
@@ -82,7 +81,7 @@ def audited(update: Update, state: TrainState, batch: Any) -> str | None:
             key=state.key,
             model_state=state.model_state,
         )
-    except (FunctrainError, TypeError, ValueError):
+    except Exception:  # The loss function is the user's, and what it raises ends no run.
         return None
     return str(found)
 

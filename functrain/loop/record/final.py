@@ -1,6 +1,7 @@
 """The final evaluation of a run: its last and its best checkpoint, and what of the results goes where."""
 
 import contextlib
+import gc
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,6 +73,8 @@ def finals_of(
         for evaluation in evaluations:
             outcome = outcome_of(evaluation, update, restored.state)
             yield Final(evaluation, f"best {metric}", int(restored.state.step), best.name, outcome)
+        del restored
+        gc.collect()  # It is in cycles, and where there are several best states, each would be kept with those before.
 
 
 def outcome_of(evaluation: Evaluation, update: Update, state: TrainState) -> Outcome:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from functrain.errors import RecordError
-from functrain.loop.lines import LOG, numbers_of
+from functrain.loop.lines import LOG
 from functrain.loop.record.files import FORMAT, REPORTS, RESULTS, RESULTS_FOLDER, RUN
+from functrain.loop.record.reading import read_results
 from functrain.tree.warn import warn
 
 
@@ -84,23 +85,17 @@ class RecordFolder:
             temporary.unlink(missing_ok=True)
             raise
 
-    def evaluated_step(self) -> int | None:
-        """The step of the last state that was evaluated; None where none was."""
-        return next((entry["step"] for entry in self._final() if entry["of"] == "last"), None)
+    def evaluated(self, step: int) -> set[str]:
+        """The names of the evaluations that found something of the last state, if that is of a step."""
+        found = read_results(self.directory, [])
+        return {final.evaluation for final in found if (final.of, final.step) == ("last", step)}
 
     def results(self) -> dict[str, dict[str, float]]:
         """The numbers of the final evaluation, by what they are of and by name."""
         found: dict[str, dict[str, float]] = {}
-        for entry in self._final():
-            found.setdefault(entry["of"], {}).update(numbers_of(entry["numbers"]))
+        for final in read_results(self.directory, []):
+            found.setdefault(final.of, {}).update(final.numbers)
         return found
-
-    def _final(self) -> list[dict[str, Any]]:
-        try:
-            written = json.loads((self.directory / RESULTS).read_bytes())
-        except (OSError, ValueError):
-            return []
-        return list(written["final"]) if isinstance(written, dict) and written.get("format") == FORMAT else []
 
     def clear(self, aside: Path | None) -> Path | None:
         """Moves what is of an earlier run to a folder "before-1", or to the one that is given; returns it.

@@ -15,34 +15,40 @@ class Heard:
     >>> heard.begin()
     >>> warnings.showwarning("the data has an end", UserWarning, "train.py", 3)
     >>> heard.end()
-    >>> dict(heard.counts)
-    {'the data has an end': 1}
-
-    Attributes:
-      counts: how often each was shown, by its text.
+    >>> heard.counted()
+    [('the data has an end', 1)]
     """
 
     def __init__(self) -> None:
-        self.counts: collections.Counter[str] = collections.Counter()
-        self._before: Callable[..., Any] | None = None
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._before: Callable[..., Any] = warnings.showwarning
+        self._mine: Callable[..., Any] | None = None
 
     def begin(self) -> None:
-        """Listens."""
-        if self._before is None:
-            self.counts = collections.Counter()
-            self._before = warnings.showwarning
-            self._mine = self._show
-            warnings.showwarning = self._mine
+        """Listens, from no warnings on."""
+        if self._mine is not None:
+            return
+        before = warnings.showwarning
+
+        def show(message: Any, *place: Any, **more: Any) -> None:
+            if self._mine is show:
+                self._count(str(message))
+            before(message, *place, **more)
+
+        self._counts = collections.Counter()
+        self._mine, self._before = show, before
+        warnings.showwarning = show
 
     def end(self) -> None:
-        """Listens no more."""
-        if self._before is not None and warnings.showwarning is self._mine:
+        """Listens no more; where others listen since, or `warnings` puts it back, it hands on what it hears."""
+        if self._mine is not None and warnings.showwarning is self._mine:
             warnings.showwarning = self._before
-        self._before = None
+        self._mine = None
 
-    def _show(self, message: Any, *place: Any, **more: Any) -> None:
-        text = str(message)
-        if text in self.counts or len(self.counts) < _MOST:
-            self.counts[text] += 1
-        if self._before is not None:
-            self._before(message, *place, **more)
+    def counted(self) -> list[tuple[str, int]]:
+        """The texts so far, and how often each was shown; other threads may warn meanwhile."""
+        return [*self._counts.items()]
+
+    def _count(self, text: str) -> None:
+        if text in self._counts or len(self._counts) < _MOST:
+            self._counts[text] += 1

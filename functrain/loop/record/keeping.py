@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 
-from functrain.errors import FunctrainError
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.record.facts import audited, facts_of
-from functrain.loop.record.final import finals_of, numbers_of, write_finals
+from functrain.loop.record.final import Final, finals_of, numbers_of, write_finals
 from functrain.loop.record.folder import RecordFolder
 from functrain.loop.record.masking import Masks
 from functrain.loop.record.sections import Began, Ended, Sections
@@ -56,6 +55,7 @@ class Keeper:
         self._source, self._report = source, report
         self._sections = Sections(folder, masks)
         self._checkpoints: Checkpoints | None = None
+        self._lacks_audit = False
 
     def attach(self, update: Update, checkpoints: Checkpoints | None) -> None:
         """Takes the run that it is of."""
@@ -80,28 +80,38 @@ class Keeper:
         )
         facts["checkpoints"] = None if self._checkpoints is None else self._where(self._checkpoints)
         self._sections.begin(facts, source, began)
+        self._lacks_audit = True
         for text in [] if source is None or self._source is None else source.told(self._source.name):
             warn(text)
 
     def note(self, state: TrainState, batch: Any) -> None:
         """Writes what came up: warnings, and once, when there is a batch to make it of, the audit."""
-        is_wanted = self._sections.is_begun and not self._sections.is_audited
-        is_known = is_wanted and batch is not None and self.update is not None
-        self._sections.note(audited(self.update, state, batch) if is_known and self.update else None)
+        audit = None
+        if self._lacks_audit and batch is not None and self.update is not None:
+            self._lacks_audit = False
+            audit = audited(self.update, state, batch)
+        self._sections.note(audit)
 
     def end(self, ended: Ended) -> None:
         """Ends the section."""
         self._sections.end(ended)
 
     def conclude(self, state: TrainState) -> None:
-        """The final evaluation and the report; what fails of them is warned of, as the run itself did not."""
+        """The final evaluation and the report; what fails of them is warned of, as the run itself did not.
+
+        What was evaluated before it failed is kept.
+        """
         assert self.update is not None
+        finals: list[Final] = []
         try:
-            finals = [*finals_of(self.final, self.update, state, self._checkpoints)]
-            self.results = numbers_of(finals)
-            if finals and jax.process_index() == 0:
-                write_finals(self._folder, finals)
-        except (FunctrainError, OSError) as error:
+            try:
+                for final in finals_of(self.final, self.update, state, self._checkpoints):
+                    finals.append(final)
+            finally:
+                self.results = numbers_of(finals)
+                if finals and jax.process_index() == 0:
+                    write_finals(self._folder, finals)
+        except Exception as error:
             warn(f"the final evaluation of {self._folder.directory} failed: {said(error)}; the run has ended well")
         self.write_report()
 

@@ -1,5 +1,6 @@
 """What a run runs on and with: packages, devices, the command line, git."""
 
+import contextlib
 import functools
 import os
 import platform
@@ -19,7 +20,11 @@ def versions() -> dict[str, str]:
     by_module = _packages()
     imported = {module.partition(".")[0] for module in [*sys.modules]}
     names = sorted({name for module in imported for name in by_module.get(module, ())}, key=str.lower)
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # It was removed since they were looked up.
+            found[name] = metadata.version(name)
+    return found
 
 
 @functools.cache

@@ -3,7 +3,10 @@
 import contextlib
 import itertools
 import json
+import math
+import os
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,6 +17,8 @@ from functrain.loop.record.files import FILES, RESULTS, RUN
 from functrain.loop.record.folder import RecordFolder, came_to_nothing
 from functrain.loop.remote.store import Store
 from functrain.tree.warn import warn
+
+_PAUSE = 10.0  # Seconds from one sending to the next.
 
 
 class Outbox:
@@ -26,19 +31,24 @@ class Outbox:
 
     def __init__(self, store: Store, folder: RecordFolder) -> None:
         self._store, self._folder = store, folder
-        self._sent: dict[str, tuple[int, int]] = {}  # Size and time of what is there.
+        self._sent: dict[str, tuple[int, int, int]] = {}  # Which file is there: its number, size and time.
+        self._last = -math.inf
         self._thread: ThreadPoolExecutor | None = None
         self._sending: Future[None] | None = None
         self._is_told = False
         self._at_it = threading.Lock()
 
     def bring(self, step: int) -> None:
-        """Brings the record of a run that goes on from a step, where this machine has less of it.
+        """Brings the record of a run that goes on from a step, where this machine has less of it, or another run's.
 
         Raises:
           StorageError: it can't be read.
         """
         names = self._listed()
+        here, began = self._folder.directory / RUN, _began(self._store.get(RUN)) if RUN in names else None
+        is_another = began is not None and began != (_began(here.read_bytes()) if here.exists() else None)
+        if is_another and (moved := self._folder.clear(None)) is not None:
+            warn(f"{here.parent} had the record of another run than {self._store.address} has; it is kept in {moved}")
         for name, much in ((RUN, _sections), (LOG, lambda written: _rows(written, step)), (RESULTS, bool)):
             path = self._folder.directory / name
             mine = path.read_bytes() if path.exists() else b""
@@ -63,9 +73,11 @@ class Outbox:
         return self._store.address / place
 
     def send(self) -> None:
-        """Begins to send what has changed, and returns; unless it is still at it."""
-        if self._sending is not None and not self._sending.done():
+        """Begins to send what has changed, and returns; unless it is still at it, or did so just now."""
+        is_at_it = self._sending is not None and not self._sending.done()
+        if is_at_it or time.monotonic() - self._last < _PAUSE:
             return
+        self._last = time.monotonic()
         self._thread = self._thread or ThreadPoolExecutor(1, "functrain-record")
         self._sending = self._thread.submit(self._send)
 
@@ -93,16 +105,24 @@ class Outbox:
                 warn(f"the record can't be sent to {self._store.address}: {error}; the run goes on, and tries again")
 
     def _send_one(self, path: Path, name: str) -> None:
-        found = path.stat()
-        state = found.st_size, found.st_mtime_ns
-        if self._sent.get(name) != state:
-            self._store.put(name, path.read_bytes()[: found.st_size])  # A log grows meanwhile.
-            self._sent[name] = state
+        with path.open("rb") as file:  # Another one may come into its place meanwhile, and a log grows.
+            found = os.fstat(file.fileno())
+            state = found.st_ino, found.st_size, found.st_mtime_ns
+            if self._sent.get(name) != state:
+                self._store.put(name, file.read(found.st_size))
+                self._sent[name] = state
 
     def _listed(self) -> dict[str, int]:
         """The files of a record that are there, and how large they are."""
         found = self._store.listed()
         return {name: stat.size for name, stat in found.items() if any(fnmatch(name, each) for each in (LOG, *FILES))}
+
+
+def _began(written: bytes) -> float | None:
+    """When a run was started first, by which it is known."""
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        return float(json.loads(written)["sections"][0]["started"])
+    return None
 
 
 def _sections(written: bytes) -> int:

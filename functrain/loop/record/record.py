@@ -11,6 +11,7 @@ import jax
 from functrain.errors import RecordError
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.lock import Lock
+from functrain.loop.checkpoint.processes import found_by_first
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.evaluations import prepared
 from functrain.loop.hooks import Hook
@@ -111,6 +112,7 @@ class Record(Hook):
         self._lock = Lock(self.directory, wanted=lock, name=".record.lock", what="a record")
         self._outbox = None if store is None else Outbox(store, self._folder)
         self._log: JsonLines | None = None
+        self._is_through = False
 
     @property
     def results(self) -> dict[str, dict[str, float]]:
@@ -160,6 +162,7 @@ class Record(Hook):
         self._check_begun("log(step, row)")
         if self._log is not None:
             self._log.log(step, row)
+            self._send()
 
     def end(self, state: TrainState, *, why: str | None = None) -> None:
         """Evaluates the last and the best state, and writes the results and the report.
@@ -232,7 +235,8 @@ class Record(Hook):
     def run_started(self, run: Run) -> None:
         """Begins a section, unless nothing is left to do."""
         self._keeper.attach(run.update, run.checkpoints)
-        if not run.was_through and run.stopped is None:
+        self._is_through = run.was_through or run.stopped is not None
+        if not self._is_through:
             checkpoint = None if run.went_on_from is None else run.went_on_from.name
             self._keeper.begin(run.state, Began(run.step, run.epoch, checkpoint))
 
@@ -258,7 +262,7 @@ class Record(Hook):
         self._keeper.end(Ended(run.step, run.epoch, run.now.seconds, how, why))
         if error is not None or run.is_interrupted:
             self._keeper.write_report()
-        elif run.was_through and self._is_evaluated(run):
+        elif self._is_through and self._is_evaluated(run.step):
             self._keeper.results = self._folder.results()
         else:
             self._keeper.conclude(run.state)
@@ -270,11 +274,16 @@ class Record(Hook):
 
     def _note(self, run: Run) -> None:
         self._keeper.note(run.state, run.batch)
-        if self._outbox is not None and jax.process_index() == 0:
+        self._send()
+
+    def _send(self) -> None:
+        if self._outbox is not None and self._lock.is_held:
             self._outbox.send()
 
-    def _is_evaluated(self, run: Run) -> bool:
-        return not self.final or self._folder.evaluated_step() == run.step
+    def _is_evaluated(self, step: int) -> bool:
+        names = {each.name for each in self.final}
+        # The first process has the results, and all evaluate or none.
+        return found_by_first(lambda: "all" if names <= self._folder.evaluated(step) else None) is not None
 
     def _check_begun(self, call: str) -> None:
         if self._keeper.update is None:

@@ -50,16 +50,6 @@ class Sections:
         self._began = self._before = 0.0
         self._is_told = False
 
-    @property
-    def is_begun(self) -> bool:
-        """Whether there is a section that has not ended."""
-        return self._run is not None
-
-    @property
-    def is_audited(self) -> bool:
-        """Whether the facts have an audit."""
-        return self._run is not None and self._run["model"]["audit"] is not None
-
     def begin(self, facts: Mapping[str, Any], source: Source | None, began: Began) -> None:
         """Begins a section: the first of a new run, or one more with what changed since the last."""
         earlier = self._folder.run()
@@ -67,8 +57,6 @@ class Sections:
         kept = self._kept(source, earlier or {}, len(sections) + 1)
         run = {"format": FORMAT, **facts, "source": kept}
         changed = {} if earlier is None else changes(earlier, run)
-        if earlier is not None and run["model"]["audit"] is None:
-            run["model"] = run["model"] | {"audit": earlier.get("model", {}).get("audit")}
         self._before = next((one["seconds"] for one in reversed(sections) if one.get("seconds")), 0.0)
         self._began = time.time()
         section: dict[str, Any] = {
@@ -106,7 +94,8 @@ class Sections:
         if self._run is None:
             return
         seconds = self._before + time.time() - self._began if ended.seconds is None else ended.seconds
-        self._run["versions"] |= machine.versions()  # More is imported than at its beginning.
+        # More is imported than at its beginning; what was then may be another on the disk now, and not here.
+        self._run["versions"] = machine.versions() | self._run["versions"]
         self._section(
             ended=time.time(),
             to_step=ended.step,
@@ -130,7 +119,7 @@ class Sections:
         self._run["sections"][-1] |= facts
 
     def _warnings(self) -> list[dict[str, Any]]:
-        return [{"text": self._masks.text(text), "count": count} for text, count in self._heard.counts.items()]
+        return [{"text": self._masks.text(text), "count": count} for text, count in self._heard.counted()]
 
     def _kept(self, source: Source | None, earlier: Mapping[str, Any], number: int) -> dict[str, Any] | None:
         """Writes the source, unless it is what an earlier section had, and says of it what there is to say."""
