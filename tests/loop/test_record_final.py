@@ -1,5 +1,6 @@
 """The final evaluation of a run, and a record in a loop of one's own."""
 
+import json
 import os
 import signal
 
@@ -238,6 +239,19 @@ def test_a_loop_of_ones_own_that_fails_says_why_and_one_that_goes_on_drops_what_
     assert (one["how"], one["why"]) == ("failed", "ZeroDivisionError: float division by zero")
     assert (two["from_step"], two["how"], two["why"]) == (1, "stopped", "enough")
     assert [row["loss"] for row in ft.read_json_lines(tmp_path / "log.jsonl")] == [0.5, 7.0]
+
+
+def test_the_seconds_of_a_loop_of_ones_own_are_those_of_all_its_sections(tmp_path):
+    update = update_of()
+    state, _ = update(update.init(start()), next(iter(data_of())))
+    for _ in range(2):
+        with record_of(tmp_path) as record:
+            record.begin(update, state)
+            record.end(state)
+        run = read(tmp_path)
+        run["sections"][0]["seconds"] = 3600.0  # As if it had taken an hour.
+        (tmp_path / "run.json").write_text(json.dumps(run))
+    assert read(tmp_path)["sections"][1]["seconds"] >= 3600
 
 
 def test_what_fails_after_the_end_of_a_run_is_not_of_it(tmp_path):

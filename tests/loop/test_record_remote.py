@@ -147,6 +147,16 @@ def test_what_is_sent_of_a_file_that_is_written_anew_meanwhile_is_whole(tmp_path
             replacing.kill()
 
 
+def test_what_is_being_written_is_no_file_of_a_record_yet(tmp_path):
+    folder, store = RecordFolder(tmp_path / "here"), Store(f"file://{tmp_path}/there")
+    for name in ("log.jsonl", "results/a.npz", "results/.b.npz.tmp", "report.md"):
+        folder.write(name, b"{}")
+    Outbox(store, folder).sent()
+    assert {*objects(store)} == {"log.jsonl", "results/a.npz", "report.md"}
+    record = ft.Record(tmp_path / "here", report=False)
+    assert [path.name for path in record.files] == ["a.npz", "report.md"]
+
+
 def test_a_new_run_keeps_files_at_the_address_that_are_of_no_record(s3, tmp_path):
     Store(s3).put("results/mine.npz", b"mine")
     fitted(tmp_path, ft.Record(s3, staging=tmp_path / "here", report=False), epochs=1)
