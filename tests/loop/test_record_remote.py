@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import pytest
 import warm
@@ -111,6 +112,16 @@ def test_a_loop_of_ones_own_sends_its_record_as_it_grows(s3, tmp_path):
             time.sleep(0.05)
         assert [row["step"] for _, row in lines_of("log", Store(s3).get("log.jsonl")).rows] == [1]
         assert json.loads(Store(s3).get("run.json"))["sections"][0]["how"] is None
+
+
+def test_what_comes_up_after_the_end_is_at_the_address_too(tmp_path):
+    update, address = update_of(), f"file://{tmp_path}/there"
+    with ft.Record(address, staging=tmp_path / "here", report=False) as record:
+        record.begin(update, update.init(start()))
+        record.end(update.init(start()))
+        warnings.showwarning("late", UserWarning, "train.py", 1)
+    (section,) = json.loads(Store(address).get("run.json"))["sections"]
+    assert section["warnings"] == [{"text": "late", "count": 1}]
 
 
 def test_a_machine_that_has_the_record_of_another_run_goes_on_with_the_one_at_the_address(s3, tmp_path):
