@@ -123,6 +123,18 @@ def test_warnings_of_a_run_are_shown_and_kept(tmp_path):
     assert read(tmp_path)["sections"][0]["warnings"] == told
 
 
+def test_what_came_up_is_written_at_each_epoch_and_not_at_the_end_alone(tmp_path):
+    class Looking(ft.Hook):
+        def epoch_ended(self, run):
+            seen.append(read(tmp_path))
+            warnings.showwarning("the fan is loud", UserWarning, "train.py", 1)
+
+    seen = []
+    fitted(tmp_path, hooks=[Looking()])
+    assert [run["model"]["audit"] is None for run in seen] == [True, False]
+    assert {"text": "the fan is loud", "count": 1} in seen[1]["sections"][0]["warnings"]
+
+
 def test_the_versions_are_those_that_were_imported_whatever_is_installed_since(tmp_path):
     code = """
         import importlib.metadata, pathlib, shutil, sys

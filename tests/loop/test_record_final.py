@@ -1,5 +1,9 @@
 """The final evaluation of a run, and a record in a loop of one's own."""
 
+import json
+import os
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +76,27 @@ def test_a_best_checkpoint_that_is_the_last_is_evaluated_once(tmp_path):
     fitted(tmp_path, record, 1, evaluation=valid, checkpoints=saved(tmp_path, keep_best="valid/loss"))
     last, best = read(tmp_path, "results.json")["final"]
     assert (len(calls), best | {"of": "last"}, last["checkpoint"]) == (1, last, "5")
+
+
+def test_a_run_that_a_signal_ended_is_evaluated_when_it_has_gone_on_to_its_end(tmp_path):
+    class Ending(ft.Hook):
+        def epoch_ended(self, run):
+            if run.epoch == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def fit():
+        record = record_of(tmp_path, final=evaluation())
+        return fitted(tmp_path, record, 2, checkpoints=saved(tmp_path), hooks=[Ending()])
+
+    with pytest.raises(SystemExit):
+        fit()
+    assert not (tmp_path / "results.json").exists()
+    result = fit()
+    assert [(each["how"], each["why"]) for each in read(tmp_path)["sections"]] == [
+        ("stopped", "it was sent SIGTERM"),
+        ("finished", None),
+    ]
+    assert [*result.final] == ["last"]
 
 
 def test_what_fails_in_a_final_evaluation_loses_no_run(tmp_path):
@@ -214,6 +239,34 @@ def test_a_loop_of_ones_own_that_fails_says_why_and_one_that_goes_on_drops_what_
     assert (one["how"], one["why"]) == ("failed", "ZeroDivisionError: float division by zero")
     assert (two["from_step"], two["how"], two["why"]) == (1, "stopped", "enough")
     assert [row["loss"] for row in ft.read_json_lines(tmp_path / "log.jsonl")] == [0.5, 7.0]
+
+
+def test_the_seconds_of_a_loop_of_ones_own_are_those_of_all_its_sections(tmp_path):
+    update = update_of()
+    state, _ = update(update.init(start()), next(iter(data_of())))
+    for _ in range(2):
+        with record_of(tmp_path) as record:
+            record.begin(update, state)
+            record.end(state)
+        run = read(tmp_path)
+        run["sections"][0]["seconds"] = 3600.0  # As if it had taken an hour.
+        (tmp_path / "run.json").write_text(json.dumps(run))
+    assert read(tmp_path)["sections"][1]["seconds"] >= 3600
+
+
+def test_what_fails_after_the_end_of_a_run_is_not_of_it(tmp_path):
+    update = update_of()
+
+    def failing():
+        with record_of(tmp_path) as record:
+            record.begin(update, update.init(start()))
+            record.end(update.init(start()))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    (section,) = read(tmp_path)["sections"]
+    assert (section["how"], section["why"], section["to_step"]) == ("finished", None, 0)
 
 
 def test_a_record_that_was_not_begun_says_so(tmp_path):

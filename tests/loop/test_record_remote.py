@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import pytest
 import warm
@@ -113,6 +114,16 @@ def test_a_loop_of_ones_own_sends_its_record_as_it_grows(s3, tmp_path):
         assert json.loads(Store(s3).get("run.json"))["sections"][0]["how"] is None
 
 
+def test_what_comes_up_after_the_end_is_at_the_address_too(tmp_path):
+    update, address = update_of(), f"file://{tmp_path}/there"
+    with ft.Record(address, staging=tmp_path / "here", report=False) as record:
+        record.begin(update, update.init(start()))
+        record.end(update.init(start()))
+        warnings.showwarning("late", UserWarning, "train.py", 1)
+    (section,) = json.loads(Store(address).get("run.json"))["sections"]
+    assert section["warnings"] == [{"text": "late", "count": 1}]
+
+
 def test_a_machine_that_has_the_record_of_another_run_goes_on_with_the_one_at_the_address(s3, tmp_path):
     """That of a run which was begun anew elsewhere, and has fewer rows."""
     here, there = tmp_path / "here", tmp_path / "there"
@@ -145,6 +156,16 @@ def test_what_is_sent_of_a_file_that_is_written_anew_meanwhile_is_whole(tmp_path
                 json.loads(store.get("run.json"))
         finally:
             replacing.kill()
+
+
+def test_what_is_being_written_is_no_file_of_a_record_yet(tmp_path):
+    folder, store = RecordFolder(tmp_path / "here"), Store(f"file://{tmp_path}/there")
+    for name in ("log.jsonl", "results/a.npz", "results/.b.npz.tmp", "report.md"):
+        folder.write(name, b"{}")
+    Outbox(store, folder).sent()
+    assert {*objects(store)} == {"log.jsonl", "results/a.npz", "report.md"}
+    record = ft.Record(tmp_path / "here", report=False)
+    assert [path.name for path in record.files] == ["a.npz", "report.md"]
 
 
 def test_a_new_run_keeps_files_at_the_address_that_are_of_no_record(s3, tmp_path):

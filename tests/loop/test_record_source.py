@@ -171,6 +171,7 @@ def test_what_is_below_a_secrets_name_is_masked_and_the_words_of_a_vocabulary_ar
         "none": None,
     }
     assert masks.values(given) == given | {"secrets": {"db": "***", "more": [{"x": "***"}]}}
+    assert masks.command(["--password", "--rate=0.1"]) == ["--password", "--rate=0.1"]
     assert masks.command(["+db.password=1234", "token=5678", "rate=0.1"]) == [
         "+db.password=***",
         "token=***",
@@ -200,3 +201,13 @@ def test_secrets_in_files_that_are_no_utf8_or_were_removed_are_in_no_source(tmp_
     assert not any(secret in content for content in kept.values() for secret in (b"swordfish", b"rosebud"))
     assert read(runs)["source"]["left_out"] == {".env": "may hold secrets"}
     assert read(runs)["source"]["masked"] == ["train.py"]
+
+
+def test_the_home_folders_of_others_are_none_either_but_in_source_they_are_examples():
+    masks, text = Masks({}, home="/root"), "/root/a /home/ada/b /Users/grace/c C:\\Users\\eve\\d /rooted/home/"
+    assert masks.text(text) == "~/a ~/b ~/c ~\\d /rooted/home/"
+    assert masks.program(text) == text.replace("/root/a", "~/a")
+
+
+def test_short_values_of_secret_variables_are_words():
+    assert Masks({"MY_TOKEN": "adam"}, home="").text("adam") == "adam"

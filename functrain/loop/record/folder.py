@@ -12,7 +12,7 @@ import numpy as np
 
 from functrain.errors import RecordError
 from functrain.loop.lines import LOG
-from functrain.loop.record.files import FORMAT, REPORTS, RESULTS, RESULTS_FOLDER, RUN
+from functrain.loop.record.files import FILES, FORMAT, REPORTS, RESULTS, RESULTS_FOLDER, RUN
 from functrain.loop.record.reading import read_results
 from functrain.tree.warn import warn
 
@@ -26,6 +26,11 @@ class RecordFolder:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+
+    def files(self) -> list[Path]:
+        """The files of the record that are there, the log first; none that is being written."""
+        found = [path for pattern in (LOG, *FILES) for path in sorted(self.directory.glob(pattern))]
+        return [path for path in found if not path.name.startswith(".")]
 
     def run(self) -> dict[str, Any] | None:
         """What `run.json` says; None where there is none, or none that can be read: then it is set aside.

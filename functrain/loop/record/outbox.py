@@ -96,9 +96,8 @@ class Outbox:
         directory = self._folder.directory
         try:
             with self._at_it:
-                for pattern in (LOG, *FILES):
-                    for path in sorted(directory.glob(pattern)):
-                        self._send_one(path, path.relative_to(directory).as_posix())
+                for path in self._folder.files():
+                    self._send_one(path, path.relative_to(directory).as_posix())
         except (StorageError, OSError) as error:
             if not self._is_told:
                 self._is_told = True

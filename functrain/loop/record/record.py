@@ -17,7 +17,6 @@ from functrain.loop.evaluations import prepared
 from functrain.loop.hooks import Hook
 from functrain.loop.lines import LOG
 from functrain.loop.logs import JsonLines
-from functrain.loop.record.files import FILES
 from functrain.loop.record.folder import RecordFolder
 from functrain.loop.record.keeping import Keeper, said
 from functrain.loop.record.masking import Masks
@@ -127,7 +126,7 @@ class Record(Hook):
     @property
     def files(self) -> list[Path]:
         """The files of it that are there, without the log."""
-        return [path for name in FILES for path in sorted(self.directory.glob(name))]
+        return [path for path in self._folder.files() if path != self.log_file]
 
     # In a loop of one's own.
 

@@ -90,8 +90,8 @@ class Sections:
             self._write()
 
     def end(self, ended: Ended) -> None:
-        """Ends the section."""
-        if self._run is None:
+        """Ends the section, once: what fails after its end is not of it."""
+        if self._run is None or self._run["sections"][-1]["how"] is not None:
             return
         seconds = self._before + time.time() - self._began if ended.seconds is None else ended.seconds
         # More is imported than at its beginning; what was then may be another on the disk now, and not here.
