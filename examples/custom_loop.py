@@ -46,7 +46,7 @@ def load(dataset, data_dir, seed):
         images, rows = np.uint8(digits.images * 15.9375)[..., None], np.random.default_rng(0).permutation(1797)
         splits = ({"image": images[some], "label": digits.target[some]} for some in np.split(rows, [1293, 1437]))
     train, *others = splits
-    return batches(train, MICROBATCH, seed=seed, last="drop"), *(batches(each, 200, shuffle=False) for each in others)
+    return batches(train, MICROBATCH, seed=seed, last="drop"), *(batches(each, 72, shuffle=False) for each in others)
 
 
 def shifted(images: jax.Array, key: jax.Array) -> jax.Array:

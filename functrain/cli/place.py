@@ -18,8 +18,10 @@ from functrain.loop.record.files import FILES
 from functrain.loop.record.place import folder_of, log_of
 from functrain.loop.record.reading import read_run
 from functrain.loop.remote.address import Address, is_address
+from functrain.loop.remote.limits import Limits
 
 _BY_CUSTOM = "checkpoints"
+_LIMITS = Limits(request=10.0, patience=15.0)  # Of who waits for an answer.
 _BROUGHT: list[str] = []  # Folders of what was brought from addresses.
 
 
@@ -74,6 +76,8 @@ def meant(given: str) -> tuple[Folder, Path | None]:
     """
     if not is_address(given):
         path = absolute(given)
+        within = path.parent / _BY_CUSTOM / path.name  # Of a record, the checkpoints lie in a folder of theirs.
+        path = within if not path.exists() and is_checkpoint(within) else path
         return (Folder(path.parent), path) if is_checkpoint(path) else (checkpoints_of(given), None)
     above, _, name = given.rstrip("/").rpartition("/")
     if Name.of(name) is not None and name in (folder := _checkpoints_at(above)).mirror.known:
@@ -131,7 +135,7 @@ def _checkpoints_at(address: str, here: Path | None = None) -> AddressFolder:
     Raises:
       StorageError: the address can't be read.
     """
-    folder = checkpoints_at(address, here or _temporary(address))
+    folder = checkpoints_at(address, here or _temporary(address), _LIMITS)
     assert isinstance(folder, AddressFolder)
     folder.look()
     if folder.mirror.known:

@@ -23,7 +23,7 @@ from functrain.loop.given import check_given, check_of_all, check_results
 from functrain.loop.hooks import EarlyStopping, Hook, Hooks
 from functrain.loop.lines import LOG
 from functrain.loop.logs import JsonLines, Logger
-from functrain.loop.progress import Shown, nothing_to_do, progress_shown, went_on
+from functrain.loop.progress import Shown, nothing_to_do, progress_shown, stopped_by, went_on
 from functrain.loop.reader import Reader
 from functrain.loop.record.record import Record
 from functrain.loop.rows import Rows
@@ -281,6 +281,7 @@ def _go_through(
     if plan.saver:
         plan.saver.checkpoints.wait()
     if signals.received is not None:
+        shown.say(stopped_by(run, signals.received.name))
         raise SystemExit(signals.exit_code)
 
 

@@ -44,6 +44,14 @@ def went_on(run: Run, checkpoint: str) -> str:
     return f"went on from {checkpoint}, step {run.step:,}, epoch {run.epoch}"
 
 
+def stopped_by(run: Run, signal: str) -> str:
+    """Where a run stands that a signal has stopped, and what is left of it, in a line."""
+    kept = "nothing of it is saved, as it has no checkpoints"
+    if run.checkpoints is not None:
+        kept = f"saved to {run.checkpoints.where}: start it again to go on"
+    return f"stopped by {signal} at step {run.step:,}, epoch {run.epoch}; {kept}"
+
+
 def nothing_to_do(run: Run, where: str) -> str:
     """Why a run made no step, in a line."""
     why = f" ({run.stopped})" if run.stopped else ""

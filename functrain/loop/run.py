@@ -61,7 +61,8 @@ class Run:
         self.went_on_from: Path | None = None
         self.was_through = self.is_interrupted = False
         self.means = Means([phase.name for phase in update.schedule.phases])
-        self._began = time.monotonic()
+        self._seconds = 0.0  # Of training, before it was started now.
+        self._began: float | None = None
         self.done_until = self.now
 
     def log(self, numbers: Mapping[str, Any]) -> None:
@@ -79,7 +80,12 @@ class Run:
     @property
     def now(self) -> Moment:
         """Where the run stands."""
-        return Moment(self.step, self.epoch, time.monotonic() - self._began)
+        here = 0.0 if self._began is None else time.monotonic() - self._began
+        return Moment(self.step, self.epoch, self._seconds + here)
+
+    def begin(self) -> None:
+        """Has its clock run: reading a checkpoint, or waiting for who writes there, is no training."""
+        self._began = time.monotonic()
 
     @property
     def epochs_given(self) -> int:
@@ -131,5 +137,5 @@ class Run:
         self.rows = rows
         self.step, self.epoch, self.results, self.metrics = int(self.state.step), epoch, results, metrics
         self.means.load(means, metrics)
-        self._began -= seconds
+        self._seconds = seconds
         self.done_until = self.now

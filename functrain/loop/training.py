@@ -88,6 +88,7 @@ def train(run: Run, plan: Plan, signals: StopSignals, show: Callable[[], None]) 
         is NaN or infinite.
     """
     run.watch.begin(run.state)
+    run.begin()
     saver = plan.saver
     last_sound = saver.last_sound if saver else None
     for _ in _advances(run, plan, signals):

@@ -37,7 +37,8 @@ def initial_state(
         if id(leaf) in taken:
             leaf = jnp.array(leaf, copy=True)
         taken.add(id(leaf))
-        if (sharding := committed_sharding(leaf)) is not (short := shortest(sharding)):
+        sharding = None if isinstance(leaf, jax.core.Tracer) else committed_sharding(leaf)
+        if sharding is not (short := shortest(sharding)):
             leaf = jax.device_put(leaf, short)
         return leaf if replicated is None or committed_sharding(leaf) else placed(leaf, replicated)
 

@@ -32,7 +32,7 @@ def folder_of(
                 f"staging= and limits= are for an address such as 's3://bucket/digits', and {os.fspath(directory)!r} is"
                 " a folder: leave them out"
             )
-        return Folder(Path(directory).absolute())
+        return Folder(Path(directory).expanduser().absolute())
     limits = limits or Limits()
     address = Address.of(os.fspath(directory))
     store = Store(str(address), timeout=limits.request, patience=limits.patience)

@@ -92,6 +92,11 @@ class Keeper:
             audit = audited(self.update, state, batch)
         self._sections.note(audit)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a section has begun and has not ended."""
+        return self._sections.is_open
+
     def end(self, ended: Ended) -> None:
         """Ends the section."""
         self._sections.end(ended)
@@ -103,16 +108,18 @@ class Keeper:
         """
         assert self.update is not None
         finals: list[Final] = []
+        where = self._folder.directory
         try:
-            try:
-                for final in finals_of(self.final, self.update, state, self._checkpoints):
-                    finals.append(final)
-            finally:
-                self.results = numbers_of(finals)
-                if finals and jax.process_index() == 0:
-                    write_finals(self._folder, finals)
+            for final in finals_of(self.final, self.update, state, self._checkpoints):
+                finals.append(final)
         except Exception as error:
-            warn(f"the final evaluation of {self._folder.directory} failed: {said(error)}; the run has ended well")
+            warn(f"the final evaluation of {where} failed: {said(error)}; the run has ended well")
+        self.results = numbers_of(finals)
+        try:
+            if finals and jax.process_index() == 0:
+                write_finals(self._folder, finals)
+        except Exception as error:
+            warn(f"the final results can't be written to {where}: {said(error)}; record.results has the numbers")
         self.write_report()
 
     def write_report(self) -> None:
@@ -139,4 +146,4 @@ class Keeper:
 
 def said(error: BaseException) -> str:
     """An error in a line or a few."""
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from functrain import __version__
+
 _SECONDS = 20.0
 
 
@@ -20,7 +22,7 @@ def versions() -> dict[str, str]:
     by_module = _packages()
     imported = {module.partition(".")[0] for module in [*sys.modules]}
     names = sorted({name for module in imported for name in by_module.get(module, ())}, key=str.lower)
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "functrain": __version__}  # Which may be installed as a folder.
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):  # It was removed since they were looked up.
             found[name] = metadata.version(name)

@@ -28,6 +28,7 @@ from functrain.loop.remote.limits import Limits
 from functrain.loop.remote.store import Store
 from functrain.loop.run import Run
 from functrain.loop.shares import Shardings
+from functrain.tree.warn import warn
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 
@@ -91,6 +92,7 @@ class Record(Hook):
         limits: Limits | None = None,
         lock: bool = True,
     ) -> None:
+        _check_given(directory, final)
         address = os.fspath(directory) if is_address(directory) else None
         if address is None and (staging is not None or limits is not None):
             raise RecordError(
@@ -99,13 +101,14 @@ class Record(Hook):
             )
         limits = limits or Limits()
         store = None if address is None else Store(address, timeout=limits.request, patience=limits.patience)
-        self.directory = Path(directory if store is None else staging or cache_of(store.address)).absolute()
-        self.final = [final] if isinstance(final, Evaluation) else list(final)
-        _check(self.directory, self.final, report=report)
+        here = Path(directory if store is None else staging or cache_of(store.address))
+        self.directory = here.expanduser().absolute()
+        self.final = [final] if isinstance(final, Evaluation) else [*final]
+        _check(self.directory, self.final, source, report=report)
         masks = Masks.of_this_process()
         self.config: dict[str, Any] = masks.values(_mapping(plainly({} if config is None else config)))
         self._folder = RecordFolder(self.directory)
-        code = None if source is None else Path(source).absolute()
+        code = None if source is None else Path(source).expanduser().absolute()
         name = self.directory.name if store is None else str(store.address).rpartition("/")[2]
         self._keeper = Keeper(self._folder, name, masks, self.config, code, report=report)
         self._lock = Lock(self.directory, wanted=lock, name=".record.lock", what="a record")
@@ -191,9 +194,12 @@ class Record(Hook):
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is not None:
+        if error is not None and self._keeper.update is not None:
             self._keeper.end(Ended(None, None, None, "failed", said(error)))
             self._keeper.write_report()
+        elif self._keeper.is_open:
+            warn(f"the record {self.directory} was left without record.end(state): nothing was evaluated, nor a report")
+            self._keeper.end(Ended(None, None, None, "stopped", "it was left without record.end(state)"))
         self.close()
 
     # In `fit`.
@@ -289,7 +295,16 @@ class Record(Hook):
             raise RecordError(f"record.{call} before the record was begun: record.begin(update, state) comes first")
 
 
-def _check(directory: Path, final: Sequence[Any], *, report: bool) -> None:
+def _check_given(directory: Any, final: Any) -> None:
+    if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+        raise RecordError(f"Record({directory!r:.100}): give the folder of the run, ft.Record('runs/digits')")
+    if not isinstance(final, Evaluation | Sequence):
+        raise RecordError(f"final={final!r:.100} is no Evaluation: write final=ft.Evaluation(eval_step, test)")
+
+
+def _check(directory: Path, final: Sequence[Any], source: Any, *, report: bool) -> None:
+    if source is not None and (not isinstance(source, str | os.PathLike) or Path(source).is_file()):
+        raise RecordError(f"source={source!r:.100} is no folder: give the one of your code, source='src'")
     if directory.is_file():
         raise RecordError(f"{directory} is a file: give the record a folder, ft.Record('runs/digits')")
     for each in final:

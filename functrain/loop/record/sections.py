@@ -89,9 +89,14 @@ class Sections:
             self._section(warnings=heard)
             self._write()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a section that has not ended."""
+        return self._run is not None and self._run["sections"][-1]["how"] is None
+
     def end(self, ended: Ended) -> None:
         """Ends the section, once: what fails after its end is not of it."""
-        if self._run is None or self._run["sections"][-1]["how"] is not None:
+        if self._run is None or not self.is_open:
             return
         seconds = self._before + time.time() - self._began if ended.seconds is None else ended.seconds
         # More is imported than at its beginning; what was then may be another on the disk now, and not here.

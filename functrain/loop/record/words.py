@@ -1,11 +1,14 @@
 """Numbers, moments, durations and values for a reader."""
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from functrain.loop.record.reading import Section
+
+_DIGEST = re.compile(r"\b[0-9a-f]{40,64}\b")
 
 
 def number(value: float | None) -> str:
@@ -54,12 +57,13 @@ def duration(seconds: float) -> str:
 def shown(value: Any) -> str:
     """A value of a configuration.
 
-    >>> shown(0.001), shown("relu"), shown([3, 3]), shown(None)
-    ('0.001', 'relu', '[3, 3]', '-')
+    >>> shown(0.001), shown("relu"), shown([3, 3]), shown(None), shown("0123456789abcdef" * 3)
+    ('0.001', 'relu', '[3, 3]', '-', '0123456789ab…')
     """
     if value is None:
         return "-"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return _DIGEST.sub(lambda found: f"{found.group()[:12]}…", text)
 
 
 def ended_in_words(section: Section) -> str:
