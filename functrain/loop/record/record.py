@@ -144,7 +144,7 @@ class Record(Hook):
         """
         step = int(state.step)
         self.prepare(update, state, None)
-        self.open(step, goes_on=step > 0)
+        self.open(goes_on=step > 0)
         if jax.process_index() == 0:
             self._log = JsonLines(self.log_file)
             self._log.resume(step or -1)
@@ -198,11 +198,10 @@ class Record(Hook):
 
     # In `fit`.
 
-    def open(self, step: int, *, goes_on: bool, aside: Path | None = None) -> None:
+    def open(self, *, goes_on: bool, aside: Path | None = None) -> None:
         """Makes the folder, keeps other processes from writing to it, and moves what is of another run out of the way.
 
         Args:
-          step: at which the run begins or goes on.
           goes_on: whether the run goes on with the record that is there.
           aside: where else to than to a folder "before-1".
 
@@ -214,7 +213,7 @@ class Record(Hook):
         self._lock.acquire()
         moved: object = None if goes_on else self._folder.clear(aside)
         if self._outbox is not None and goes_on:
-            self._outbox.bring(step)
+            self._outbox.bring()
         elif self._outbox is not None:
             moved = self._outbox.clear() or moved
         if moved is not None:
