@@ -11,7 +11,6 @@ import jax
 from functrain.errors import RecordError
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.lock import Lock
-from functrain.loop.checkpoint.processes import found_by_first
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.evaluations import prepared
 from functrain.loop.hooks import Hook
@@ -260,7 +259,7 @@ class Record(Hook):
         self._keeper.end(Ended(run.step, run.epoch, run.now.seconds, how, why))
         if error is not None or run.is_interrupted:
             self._keeper.write_report()
-        elif self._is_through and self._is_evaluated(run.step):
+        elif self._is_through and self._keeper.is_evaluated(run.step):
             self._keeper.results = self._folder.results()
         else:
             self._keeper.conclude(run.state)
@@ -277,11 +276,6 @@ class Record(Hook):
     def _send(self) -> None:
         if self._outbox is not None and self._lock.is_held:
             self._outbox.send()
-
-    def _is_evaluated(self, step: int) -> bool:
-        names = {each.name for each in self.final}
-        # The first process has the results, and all evaluate or none.
-        return found_by_first(lambda: "all" if names <= self._folder.evaluated(step) else None) is not None
 
     def _check_begun(self, call: str) -> None:
         if self._keeper.update is None:
