@@ -223,7 +223,7 @@ def _begin(run: Run, plan: Plan, stack: contextlib.ExitStack, *, regroup: bool, 
     _tell_regrouped(restored)
     run.went_on_from = None if restored is None else restored.path
     if plan.record:
-        plan.record.open(run.step, goes_on=restored is not None or (run.step > 0 and not fresh), aside=aside)
+        plan.record.open(goes_on=restored is not None or (run.step > 0 and not fresh), aside=aside)
         plan.rows.start(plan.record.config)
         if plan.saver and plan.record.sent is not None:
             plan.saver.checkpoints.send_first(plan.record.sent)  # A row is there before what a run goes on from.

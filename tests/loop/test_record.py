@@ -221,6 +221,19 @@ def test_a_state_that_has_made_steps_goes_on_with_the_record_without_checkpoints
     assert [section["from_step"] for section in read(tmp_path)["sections"]] == [0, 5]
 
 
+def test_a_fresh_run_of_a_state_that_has_made_steps_has_a_record_of_its_own(tmp_path):
+    state = fitted(tmp_path, epochs=1).state
+    ft.fit(update_of(), state, data_of(), steps=10, record=record_of(tmp_path), fresh=True, progress=False)
+    assert [step for step, _ in rows(tmp_path)] == [10]
+    assert [section["from_step"] for section in read(tmp_path)["sections"]] == [5]
+    assert rows(tmp_path / "before-1") == [(5, 1)]
+
+
+def test_what_says_where_it_lies_in_memory_is_in_a_configuration_the_same_in_each_process(tmp_path):
+    first, second = (record_of(tmp_path, config={"kind": object()}).config for _ in range(2))
+    assert first == second == {"kind": "<object object>"}
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"format": 1}'])
 def test_what_is_no_record_is_set_aside(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
@@ -242,7 +255,7 @@ def test_two_processes_do_not_write_one_record(tmp_path):
     code = """
         import functrain as ft, sys
         record = ft.Record(sys.argv[1], report=False)
-        record.open(0, goes_on=True)
+        record.open(goes_on=True)
         print(flush=True)
         input()
     """

@@ -241,6 +241,22 @@ def test_a_loop_of_ones_own_that_fails_says_why_and_one_that_goes_on_drops_what_
     assert [row["loss"] for row in ft.read_json_lines(tmp_path / "log.jsonl")] == [0.5, 7.0]
 
 
+def test_a_last_state_that_was_not_saved_is_no_checkpoint_and_not_the_best(tmp_path):
+    update = update_of()
+    state = update.init(start())
+    kept = saved(tmp_path, keep_best="valid/loss")
+    with kept as checkpoints, record_of(tmp_path, final=evaluation()) as record:
+        record.begin(update, state, checkpoints=checkpoints)
+        for batch in data_of().epoch(0):
+            state, _ = update(state, batch)
+            if state.step == 1:
+                checkpoints.save(state, metrics={"valid/loss": 1.0})
+        record.end(state)
+    last, best = read(tmp_path, "results.json")["final"]
+    assert [(last["checkpoint"], last["step"]), (best["checkpoint"], best["step"])] == [(None, 5), ("1", 1)]
+    assert last["numbers"]["test/loss"] != best["numbers"]["test/loss"]
+
+
 def test_the_seconds_of_a_loop_of_ones_own_are_those_of_all_its_sections(tmp_path):
     update = update_of()
     state, _ = update(update.init(start()), next(iter(data_of())))

@@ -124,6 +124,30 @@ def test_what_comes_up_after_the_end_is_at_the_address_too(tmp_path):
     assert section["warnings"] == [{"text": "late", "count": 1}]
 
 
+@pytest.mark.parametrize(
+    ("here", "there", "brought"),
+    [
+        ([1.0], [1.0, 2.0], True),  # Another machine went on since: rows of here have never happened.
+        ([1.0, 2.0], [1.0, 3.0], True),
+        ([1.0, 2.0], [1.0], False),  # What was not sent yet.
+        ([1.0], [1.0], False),
+        ([1.0], [], False),
+    ],
+)
+def test_the_rows_are_those_of_the_machine_that_went_on_with_the_run(tmp_path, here, there, brought):
+    folder, store = RecordFolder(tmp_path / "here"), Store(f"file://{tmp_path}/there")
+    folder.write_run({"sections": [{"started": each} for each in here]})
+    folder.write("log.jsonl", b"".join(b'{"step": %d}\n' % step for step in (1, 2, 3, 3, 3)))
+    store.put("run.json", json.dumps({"sections": [{"started": each} for each in there]}).encode())
+    store.put("log.jsonl", b"".join(b'{"step": %d}\n' % step for step in (1, 2, 3, 4)))
+    store.put("results.json", b"{}")
+    Outbox(store, folder).bring()
+    assert ((tmp_path / "here" / "log.jsonl").read_bytes() == store.get("log.jsonl")) == brought
+    run = json.loads((tmp_path / "here" / "run.json").read_bytes())
+    assert [section["started"] for section in run["sections"]] == (there if brought else here)
+    assert (tmp_path / "here" / "results.json").exists()
+
+
 def test_a_machine_that_has_the_record_of_another_run_goes_on_with_the_one_at_the_address(s3, tmp_path):
     """That of a run which was begun anew elsewhere, and has fewer rows."""
     here, there = tmp_path / "here", tmp_path / "there"

@@ -101,6 +101,7 @@ def test_a_run_that_goes_on_forgets_what_waits_and_sends_what_its_log_has(tmp_pa
     memory.resume(2)
     memory.settle(2)
     memory.restore(ft.read_json_lines(tmp_path / "log.jsonl"))
+    memory.settle(7)  # The row of step 7 was one that never happened.
     memory.close()
     assert memory.steps() == [1, 2]
     assert memory.calls[0] == ("open", 2)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from functrain.loop.checkpoint.checkpoints import Checkpoints
+from functrain.loop.checkpoint.processes import found_by_first
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.record.facts import audited, facts_of
 from functrain.loop.record.final import Final, finals_of, numbers_of, write_finals
@@ -100,6 +101,11 @@ class Keeper:
     def end(self, ended: Ended) -> None:
         """Ends the section."""
         self._sections.end(ended)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether all final evaluations of the state at a step are there, for all processes alike."""
+        names = {each.name for each in self.final}
+        return found_by_first(lambda: "all" if names <= self._folder.evaluated(step) else None) is not None
 
     def conclude(self, state: TrainState) -> None:
         """The final evaluation and the report; what fails of them is warned of, as the run itself did not.

@@ -11,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 
-from functrain.errors import LogError, StorageError
-from functrain.loop.lines import LOG, lines_of
+from functrain.errors import StorageError
+from functrain.loop.lines import LOG
 from functrain.loop.record.files import FILES, RESULTS, RUN
 from functrain.loop.record.folder import RecordFolder, came_to_nothing
 from functrain.loop.remote.store import Store
@@ -38,22 +38,22 @@ class Outbox:
         self._is_told = False
         self._at_it = threading.Lock()
 
-    def bring(self, step: int) -> None:
-        """Brings the record of a run that goes on from a step, where this machine has less of it, or another run's.
+    def bring(self) -> None:
+        """Brings the record of a run that goes on, where another machine went on with it since, or it is none of here.
+
+        The rows of a machine on which the run did not go on have never happened, however many they are.
 
         Raises:
           StorageError: it can't be read.
         """
-        names = self._listed()
-        here, began = self._folder.directory / RUN, _began(self._store.get(RUN)) if RUN in names else None
-        is_another = began is not None and began != (_began(here.read_bytes()) if here.exists() else None)
-        if is_another and (moved := self._folder.clear(None)) is not None:
-            warn(f"{here.parent} had the record of another run than {self._store.address} has; it is kept in {moved}")
-        for name, much in ((RUN, _sections), (LOG, lambda written: _rows(written, step)), (RESULTS, bool)):
-            path = self._folder.directory / name
-            mine = path.read_bytes() if path.exists() else b""
-            if name in names and much(written := self._store.get(name)) > much(mine):
-                self._folder.write(name, written)
+        names, directory = self._listed(), self._folder.directory
+        there = _starts(self._store.get(RUN)) if RUN in names else []
+        here = _starts((directory / RUN).read_bytes()) if (directory / RUN).exists() else []
+        if there and here[:1] != there[:1] and (moved := self._folder.clear(None)) is not None:
+            warn(f"{directory} had the record of another run than {self._store.address} has; it is kept in {moved}")
+        for name in (RUN, LOG, RESULTS):
+            if name in names and (here[: len(there)] != there or not (directory / name).exists()):
+                self._folder.write(name, self._store.get(name))
 
     def clear(self) -> str | None:
         """Moves what is there of an earlier run below "before-1", and returns where; None if nothing would be missed.
@@ -117,21 +117,8 @@ class Outbox:
         return {name: stat.size for name, stat in found.items() if any(fnmatch(name, each) for each in (LOG, *FILES))}
 
 
-def _began(written: bytes) -> float | None:
-    """When a run was started first, by which it is known."""
+def _starts(written: bytes) -> list[float]:
+    """When a run was started, each time: by the first it is known."""
     with contextlib.suppress(ValueError, LookupError, TypeError):
-        return float(json.loads(written)["sections"][0]["started"])
-    return None
-
-
-def _sections(written: bytes) -> int:
-    with contextlib.suppress(ValueError, LookupError, TypeError):
-        return len(json.loads(written)["sections"])
-    return 0
-
-
-def _rows(written: bytes, step: int) -> int:
-    """How many rows a log has up to a step."""
-    with contextlib.suppress(LogError):
-        return sum(row["step"] <= step for _, row in lines_of(Path(LOG), written).rows)
-    return 0
+        return [float(section["started"]) for section in json.loads(written)["sections"]]
+    return []

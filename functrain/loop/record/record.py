@@ -11,7 +11,6 @@ import jax
 from functrain.errors import RecordError
 from functrain.loop.checkpoint.checkpoints import Checkpoints
 from functrain.loop.checkpoint.lock import Lock
-from functrain.loop.checkpoint.processes import found_by_first
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.evaluations import prepared
 from functrain.loop.hooks import Hook
@@ -147,7 +146,7 @@ class Record(Hook):
         """
         step = int(state.step)
         self.prepare(update, state, None)
-        self.open(step, goes_on=step > 0)
+        self.open(goes_on=step > 0)
         if jax.process_index() == 0:
             self._log = JsonLines(self.log_file)
             self._log.resume(step or -1)
@@ -204,11 +203,10 @@ class Record(Hook):
 
     # In `fit`.
 
-    def open(self, step: int, *, goes_on: bool, aside: Path | None = None) -> None:
+    def open(self, *, goes_on: bool, aside: Path | None = None) -> None:
         """Makes the folder, keeps other processes from writing to it, and moves what is of another run out of the way.
 
         Args:
-          step: at which the run begins or goes on.
           goes_on: whether the run goes on with the record that is there.
           aside: where else to than to a folder "before-1".
 
@@ -220,7 +218,7 @@ class Record(Hook):
         self._lock.acquire()
         moved: object = None if goes_on else self._folder.clear(aside)
         if self._outbox is not None and goes_on:
-            self._outbox.bring(step)
+            self._outbox.bring()
         elif self._outbox is not None:
             moved = self._outbox.clear() or moved
         if moved is not None:
@@ -267,7 +265,7 @@ class Record(Hook):
         self._keeper.end(Ended(run.step, run.epoch, run.now.seconds, how, why))
         if error is not None or run.is_interrupted:
             self._keeper.write_report()
-        elif self._is_through and self._is_evaluated(run.step):
+        elif self._is_through and self._keeper.is_evaluated(run.step):
             self._keeper.results = self._folder.results()
         else:
             self._keeper.conclude(run.state)
@@ -284,11 +282,6 @@ class Record(Hook):
     def _send(self) -> None:
         if self._outbox is not None and self._lock.is_held:
             self._outbox.send()
-
-    def _is_evaluated(self, step: int) -> bool:
-        names = {each.name for each in self.final}
-        # The first process has the results, and all evaluate or none.
-        return found_by_first(lambda: "all" if names <= self._folder.evaluated(step) else None) is not None
 
     def _check_begun(self, call: str) -> None:
         if self._keeper.update is None:
