@@ -92,14 +92,7 @@ class Record(Hook):
         lock: bool = True,
     ) -> None:
         _check_given(directory, final)
-        address = os.fspath(directory) if is_address(directory) else None
-        if address is None and (staging is not None or limits is not None):
-            raise RecordError(
-                f"staging= and limits= are for an address such as 's3://bucket/digits', and {os.fspath(directory)!r} is"
-                " a folder: leave them out"
-            )
-        limits = limits or Limits()
-        store = None if address is None else Store(address, timeout=limits.request, patience=limits.patience)
+        store = _store_of(directory, staging, limits)
         here = Path(directory if store is None else staging or cache_of(store.address))
         self.directory = here.expanduser().absolute()
         self.final = [final] if isinstance(final, Evaluation) else [*final]
@@ -293,6 +286,19 @@ def _check_given(directory: Any, final: Any) -> None:
         raise RecordError(f"Record({directory!r:.100}): give the folder of the run, ft.Record('runs/digits')")
     if not isinstance(final, Evaluation | Sequence):
         raise RecordError(f"final={final!r:.100} is no Evaluation: write final=ft.Evaluation(eval_step, test)")
+
+
+def _store_of(directory: Any, staging: Any, limits: Limits | None) -> Store | None:
+    """The address of a record, if it has one."""
+    if not is_address(directory):
+        if staging is not None or limits is not None:
+            raise RecordError(
+                f"staging= and limits= are for an address such as 's3://bucket/digits', and {os.fspath(directory)!r} is"
+                " a folder: leave them out"
+            )
+        return None
+    limits = limits or Limits()
+    return Store(os.fspath(directory), timeout=limits.request, patience=limits.patience)
 
 
 def _check(directory: Path, final: Sequence[Any], source: Any, *, report: bool) -> None:
