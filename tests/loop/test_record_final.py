@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -290,3 +291,22 @@ def test_a_record_that_was_not_begun_says_so(tmp_path):
         record_of(tmp_path).log(1, {"loss": 1.0})
     with pytest.raises(RecordError, match=r"record\.end\(state\) before the record was begun"):
         record_of(tmp_path).end(update_of().init(start()))
+
+
+def test_a_record_that_is_left_without_its_end_says_so(tmp_path):
+    update = update_of()
+    with pytest.warns(UserWarning, match=r"was left without record\.end\(state\)"), record_of(tmp_path) as record:
+        record.begin(update, update.init(start()))
+    assert read(tmp_path)["sections"][0]["why"] == "it was left without record.end(state)"
+
+
+def test_seconds_of_training_are_of_training(tmp_path):
+    class Slow(ft.Hook):
+        def run_started(self, run):
+            time.sleep(1.0)
+
+    result = fitted(tmp_path, hooks=[Slow()])
+    (section,) = read(tmp_path)["sections"]
+    assert int(result.state.step) == 10
+    assert section["seconds"] < section["ended"] - section["started"] + 1e-3
+    assert section["seconds"] < 1.0
