@@ -4,6 +4,8 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from functrain.loop.every import Every
 from functrain.loop.run import Run
@@ -35,7 +37,7 @@ def compile_for(
         of_scan = 0 if scan is None else 1
         given = batch if scan is None else scan
         check_sharers(given)
-        run.batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[of_scan:], leaf.dtype), given)
+        run.batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[of_scan:], _dtype(leaf)), given)
     if scan is not None and _leaves_single(run, scan):
         run.compiled.add("batch")
         batch = jax.tree.map(lambda leaf: leaf[0], scan)
@@ -49,6 +51,10 @@ def compile_for(
     options = run.update.options
     if (options.microbatches > 1 or options.per_example is not None) and is_first:
         tell_of_no_mean(run.update, run.state, jax.tree.map(lambda leaf: leaf[0], scan) if batch is None else batch)
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
 def _leaves_single(run: Run, scan: Any) -> bool:

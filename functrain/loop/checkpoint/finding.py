@@ -1,5 +1,6 @@
 """Which checkpoint to go on from: the newest that is what was written."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,7 @@ from functrain.tree.text import listed, listed_lines
 
 _Read = TypeVar("_Read")
 _LOOKS = 1000
+_MOMENTS, _MOMENT = 50, 0.01  # Looks at one that is being published, as it seems, and seconds between them.
 
 
 class Finder:
@@ -78,7 +80,7 @@ class Finder:
 
     def _newest(self) -> Path | None:
         is_empty = False
-        for _ in range(_LOOKS):
+        for look in range(_LOOKS):
             entries = self._folder.entries()
             if not entries and not self._problems and not self._folder.corrupt():
                 if is_empty:
@@ -91,6 +93,9 @@ class Finder:
                 problem = self._damage(entry.path) if entry.is_verified else self._unreadable.get(entry.path)
                 if entry.is_verified and not self._folder.is_verified(entry.path):
                     break  # The process that writes has removed it.
+                if problem is None and not entry.is_verified and look < _MOMENTS and self._may_be_verified(entry.path):
+                    time.sleep(_MOMENT)
+                    break
                 if problem is None:
                     self._tell_unverified(entry, entries)
                     self._tell_strays()
@@ -100,6 +105,10 @@ class Finder:
                 raise self._none_is_sound()
         raise CheckpointError(f"the checkpoints in {self._folder.where} change faster than they can be read: stop"
                               " the process that writes them")  # fmt: skip
+
+    def _may_be_verified(self, checkpoint: Path) -> bool:
+        """Whether another process is just about to give it its manifest, or has."""
+        return is_being_published(checkpoint) or self._folder.is_verified(checkpoint)
 
     def _found_damaged(self, checkpoint: Path, problem: str) -> None:
         if checkpoint.name not in self._problems:
