@@ -2,4 +2,8 @@
 
 import os
 
+import pytest
+
 SOAK = int(os.environ.get("SOAK", "1"))
+
+in_soak = pytest.mark.skipif(SOAK == 1, reason="`make soak` runs it")

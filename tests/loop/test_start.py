@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from soak import in_soak
 
 import functrain as ft
 from functrain.errors import StartError
@@ -63,7 +64,7 @@ def ended(who, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [pytest.param(0, marks=in_soak), 1])
 def test_all_processes_end_when_one_raises_and_say_which(who):
     codes, errors, seconds = ended(who, "raises")
     assert codes == [1, 1, 1]
@@ -77,6 +78,7 @@ def test_all_processes_end_when_one_raises_and_say_which(who):
     ]
 
 
+@in_soak
 @pytest.mark.slow
 def test_all_processes_end_when_one_is_killed():
     codes, errors, seconds = ended(1, "is killed")

@@ -13,6 +13,7 @@ import pytest
 import warm
 from mlflow_server import Server
 from runs import counted, update_of
+from soak import in_soak
 
 import functrain as ft
 from functrain.errors import LogError
@@ -80,6 +81,7 @@ def test_a_run_that_is_killed_again_and_again_has_the_histories_of_one_that_was_
     assert run.info.status == "FINISHED"
 
 
+@in_soak
 @pytest.mark.slow
 def test_a_server_that_is_killed_in_a_run_and_comes_back_loses_no_row_and_has_none_twice(server, unhurt, tmp_path):
     process = started(server, tmp_path, "hurt", slow=0.25)
@@ -93,6 +95,7 @@ def test_a_server_that_is_killed_in_a_run_and_comes_back_loses_no_row_and_has_no
     assert "; training goes on, and the rows are kept and sent when they can be" in told
 
 
+@in_soak
 @pytest.mark.slow
 def test_a_run_that_no_server_took_is_sent_by_the_same_call_when_there_is_one(server, unhurt, tmp_path):
     nowhere = Server(tmp_path)  # It has an address, and does not run.
@@ -102,6 +105,7 @@ def test_a_run_that_no_server_took_is_sent_by_the_same_call_when_there_is_one(se
     assert server.histories(server.run("late")) == unhurt
 
 
+@in_soak
 @pytest.mark.slow
 def test_a_run_that_goes_on_from_before_what_was_sent_is_a_new_one_with_all_rows(server, unhurt, tmp_path):
     """Its newest checkpoints are gone."""
@@ -115,6 +119,7 @@ def test_a_run_that_goes_on_from_before_what_was_sent_is_a_new_one_with_all_rows
     assert (new.data.tags["functrain.run"], old.data.tags["functrain.run"]) == ("back", "back before step 21")
 
 
+@in_soak
 @pytest.mark.slow
 def test_a_new_run_of_a_name_is_another_and_one_that_goes_on_the_same(server, tracker):
     logged(tracker("two"), [(1, {"loss": 1.0}), (2, {"loss": 2.0})])
@@ -154,6 +159,7 @@ def test_names_that_mlflow_refuses_are_changed_and_none_is_lost(server, tracker)
     assert all(len(points) == 2 for points in found.values())
 
 
+@in_soak
 @pytest.mark.slow
 def test_a_row_of_more_numbers_than_mlflow_takes_at_once(server, tracker):
     row = {f"n/{i}": float(i) for i in range(2500)}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from soak import in_soak
 
 import functrain as ft
 from functrain.errors import LogError
@@ -97,6 +98,7 @@ def test_a_run_that_is_killed_again_and_again_has_each_row_once(tmp_path):
     assert all(math.isnan(row["train/nan@"]) and row["train/far"] == math.inf for row in rows(tmp_path)[:9])
 
 
+@in_soak
 @pytest.mark.slow
 def test_a_run_that_goes_on_from_before_what_was_sent_is_a_new_one_with_all_rows(tmp_path):
     """Its newest checkpoints are gone."""
@@ -109,6 +111,7 @@ def test_a_run_that_goes_on_from_before_what_was_sent_is_a_new_one_with_all_rows
     assert numbers(of_runs[1]) == numbers(history)
 
 
+@in_soak
 @pytest.mark.slow
 def test_a_run_that_goes_on_has_its_id_and_a_new_one_another(tmp_path):
     logged(tmp_path, [(1, {"loss": 0.5}), (2, {"loss": 0.25})])

@@ -7,7 +7,7 @@ import signal
 import pytest
 from processes import start
 from s3 import environment, objects
-from soak import SOAK
+from soak import SOAK, in_soak
 
 import functrain as ft
 from functrain.loop.remote.store import Store
@@ -101,9 +101,10 @@ def check_left(address, tmp_path):
 @pytest.mark.parametrize(
     ("method", "path", "nth"),
     [
-        ("PUT", "/6/facts/metadata", 1),
+        pytest.param("PUT", "/6/facts/metadata", 1, marks=in_soak),
         ("PUT", "/6.manifest.json", 1),
-        ("POST", "?delete", 5),  # Of the objects of a checkpoint whose manifest is gone.
+        # Of the objects of a checkpoint whose manifest is gone.
+        pytest.param("POST", "?delete", 5, marks=in_soak),
     ],
 )
 def test_killed_at_an_instant_of_an_upload_or_of_retention_it_ends_with_the_same_bits(
