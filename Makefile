@@ -26,7 +26,7 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 soak: .venv/.dev
-	SOAK=50 $(BIN)/pytest -q -n 2 tests/loop/test_resume.py -k "killed_at_random or phases_killed"
+	SOAK=100 $(BIN)/pytest -q -n 2 tests/loop/test_resume.py -k "killed_at_random or phases_killed"
 	$(BIN)/python tests/attack --most 500
 	-$(BIN)/python tests/attack --most 100 --orbax
 	SOAK=20 $(BIN)/pytest -q -n 2 tests/optim/test_multi_transform.py tests/auditing/test_audit.py

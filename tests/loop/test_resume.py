@@ -24,7 +24,7 @@ from soak import SOAK
 import functrain as ft
 
 RUN = Path(__file__).with_name("resume_run.py")
-KILLS = 4 * SOAK  # In all.
+KILLS = 2 * SOAK  # In all.
 SAFETY = 180  # Seconds after which a process hangs.
 
 # Points of a run at which it is killed, as `resume_run.event_text` has them, in the order of a save.

@@ -69,6 +69,7 @@ def test_a_run_that_is_left_alone_has_each_row_once(unhurt):
     assert unhurt["train/far"] == [(step, str(sys.float_info.max)) for step in steps]
 
 
+@in_soak
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_has_the_histories_of_one_that_was_not(server, unhurt, tmp_path):
     rng = random.Random(0)
@@ -132,6 +133,7 @@ def test_a_new_run_of_a_name_is_another_and_one_that_goes_on_the_same(server, tr
     assert server.histories(new) == {"loss": [(1, "4.0")]}
 
 
+@in_soak
 @pytest.mark.slow
 def test_names_that_mlflow_refuses_are_changed_and_none_is_lost(server, tracker):
     names = [
@@ -169,6 +171,7 @@ def test_a_row_of_more_numbers_than_mlflow_takes_at_once(server, tracker):
     assert [(point.step, point.value) for point in found] == [(1, 2499.0)] * 2
 
 
+@in_soak
 @pytest.mark.slow
 def test_the_configuration_is_params_and_what_changes_of_it_tags(server, tracker):
     config = {"width": 64, "rates": {"body": 0.001}, "on": True, "names": ["a", "b"], "nothing": None, "text": "",
@@ -187,6 +190,7 @@ def test_the_configuration_is_params_and_what_changes_of_it_tags(server, tracker
     assert "".join(found.params[name] for name in ("long", "long.2", "long.3")) == "x" * 13000
 
 
+@in_soak
 @pytest.mark.slow
 def test_files_are_artifacts_and_the_newest_is_there(server, tracker, tmp_path):
     log = tracker("files", patience=30.0)
@@ -204,6 +208,7 @@ def test_files_are_artifacts_and_the_newest_is_there(server, tracker, tmp_path):
     assert Path(taken).read_text() == "second"
 
 
+@in_soak
 @pytest.mark.slow
 def test_the_final_numbers_are_metrics_once_however_often_they_are_given(server, tracker, tmp_path):
     final = [{"of": "last", "step": 8, "numbers": {"test/accuracy": 0.75, "test/loss": "NaN"}}]
@@ -217,6 +222,7 @@ def test_the_final_numbers_are_metrics_once_however_often_they_are_given(server,
     assert found == {"final/last/test/accuracy": [(8, "0.75")], "final/last/test/loss": [(8, "nan")]}
 
 
+@in_soak
 @pytest.mark.slow
 def test_a_run_that_ends_with_an_error_has_failed(server, tracker):
     class Failing(ft.Hook):

@@ -27,24 +27,24 @@ MODULES = [
     "transforms._accumulation_test",
     "schedules._inject_test",
     "tree_utils._state_utils_test",
-    "_src.lookahead_test",
     "contrib._sam_test",
     "contrib._schedule_free_test",
-    "contrib._complex_valued_test",
     "transforms._monitoring_test",
-    "transforms._constraining_test",
     "transforms._conditionality_test",
-    "transforms._layouts_test",
     "contrib._reduce_on_plateau_test",
-    "contrib._privacy_test",
     "_src.combine_test",
-    "_src.factorized_test",
     "_src.transform_test",
+]
+# `make soak` runs these too. Of Muon there are tests of our own.
+LONG = [
+    "contrib._complex_valued_test",
+    "transforms._layouts_test",
+    "contrib._privacy_test",
+    "_src.factorized_test",
     "_src.sharding_test",
     "_src.float64_test",
-]
-# Of Muon there are tests of our own too.
-LONG = [
+    "transforms._constraining_test",
+    "_src.lookahead_test",
     "contrib._muon_test",
     "contrib._galore_test",
     "contrib._common_test",
