@@ -116,7 +116,7 @@ class Watch:
     def tell_results(self, step: int, results: Mapping[str, Any]) -> None:
         """Warns of results of an evaluation that are not finite, once of each name."""
         for name, value in results.items():
-            if name in self._told or np.ndim(value) or np.isfinite(value):
+            if name in self._told or np.ndim(value) or isinstance(value, str) or np.isfinite(value):
                 continue
             self._told.add(name)
             warn(

@@ -48,6 +48,8 @@ def check_given(options: Mapping[str, Any]) -> None:
     for logger in options["loggers"]:
         _is_logger(logger)
     for hook in options["hooks"]:
+        if isinstance(hook, Record):
+            raise FitError("hooks= has a Record, which would keep no log: write fit(..., record=record)")
         _is(hook, Hook, "hooks=", "a class with the base ft.Hook")
 
 

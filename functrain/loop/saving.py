@@ -143,8 +143,8 @@ class Saver:
 
 
 def scalars(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The results that are one number."""
-    return {name: value for name, value in results.items() if np.ndim(value) == 0}
+    """The results that are one number; a text, as of scikit-learn's `classification_report`, is none."""
+    return {name: value for name, value in results.items() if np.ndim(value) == 0 and not isinstance(value, str)}
 
 
 def _counters(run: Run) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ class WandB(Tracker):
     """Writes to a run of Weights & Biases, offline too: each row once, however often the run was killed.
 
     >>> log = WandB("digits", project="first", mode="offline")  # doctest: +SKIP
-    >>> result = ft.fit(update, state, data, epochs=10, loggers=[log], checkpoints="runs/digits")  # doctest: +SKIP
+    >>> result = ft.fit(update, state, data, epochs=10, loggers=[log])  # doctest: +SKIP
 
     W&B takes no row back, so with checkpoints one is sent when a checkpoint is whole that has it. A row has a number of
     its own there, and the step as a metric, over which all others are drawn. Each process of an offline run leaves a

@@ -113,3 +113,11 @@ class Recorder(ft.Hook):
 
     def at(self, event):
         return [what for name, what in self.events if name == event]
+
+
+def logged(log, rows, start=-1):
+    """Has a logger take rows of steps, and closes it."""
+    log.resume(start)
+    for step, row in rows:
+        log.log(step, row)
+    log.close()

@@ -6,6 +6,7 @@ import socket
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import warm
 from runs import compilations
@@ -526,3 +527,18 @@ def test_a_batch_without_examples_is_told(batch):
     problem = "a batch of evaluation data has no leading axis of examples: stack them, (batch, ...)"
     with pytest.raises(EvaluationError, match=re.escape(problem)):
         ft.Evaluation(lambda params, batch: {"x": 1.0}, [batch])(None)
+
+
+def test_a_text_of_a_metric_is_a_result_and_no_number_of_the_log(tmp_path):
+    told = ft.OnHost(lambda loss: f"{len(loss)} examples", "error")
+    step = lambda params, batch: {"loss": batch["x"], "error": batch["x"]}  # noqa: E731
+    evaluation = ft.Evaluation(step, [{"x": np.ones(4, np.float32)}], metrics={"told": told})
+    params = {"w": jnp.zeros(())}
+    optim = ft.Optimizer(ft.partition(params, {"all": ...}), {"all": optax.sgd(0.1)})
+    update = ft.make_update(lambda params, batch: jnp.mean((params["w"] - batch["x"]) ** 2), optim)
+    result = ft.fit(
+        update, update.init(params), ft.from_arrays({"x": np.ones(4)}, 2), epochs=1, evaluation=evaluation,
+        checkpoints=ft.Checkpoints(tmp_path, keep_best="valid/loss"), progress=False,
+    )  # fmt: skip
+    assert result.results == {"valid/loss": 1.0, "valid/told": "4 examples"}
+    assert [row for row in result.history if "valid/told" in row] == []

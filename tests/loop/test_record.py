@@ -285,6 +285,11 @@ def test_an_argument_that_is_none_says_what_to_write(tmp_path, options, said):
         record_of(tmp_path, **options)
 
 
+def test_a_record_among_the_hooks_says_where_it_goes(tmp_path):
+    with pytest.raises(FitError, match=r"hooks= has a Record, which would keep no log: write fit\(\.\.\., record="):
+        fitted(tmp_path, hooks=[record_of(tmp_path)])
+
+
 def test_a_file_in_the_place_of_the_folder_and_a_record_by_its_name_alone_are_errors(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RecordError, match=r"is a file: give the record a folder, ft\.Record\('runs/digits'\)"):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import warm
 from mlflow_server import Server
-from runs import counted, update_of
+from runs import counted, logged, update_of
 from soak import in_soak
 
 import functrain as ft
@@ -51,13 +51,6 @@ def unhurt(server, tmp_path_factory):
     """The histories of a run that is left alone."""
     ended(started(server, tmp_path_factory.mktemp("unhurt"), UNHURT))
     return server.histories(server.run(UNHURT))
-
-
-def logged(log, rows, start=-1):
-    log.resume(start)
-    for step, row in rows:
-        log.log(step, row)
-    log.close()
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from runs import logged
 from soak import in_soak
 
 import functrain as ft
@@ -77,12 +78,8 @@ def numbers(found):
     ]
 
 
-def logged(directory, found, start=-1, **options):
-    log = ft.WandB("run", directory=directory, every=0.0, **options)
-    log.resume(start)
-    for step, row in found:
-        log.log(step, row)
-    log.close()
+def offline_run(directory):
+    return ft.WandB("run", directory=directory, every=0.0)
 
 
 @pytest.mark.slow
@@ -114,20 +111,20 @@ def test_a_run_that_goes_on_from_before_what_was_sent_is_a_new_one_with_all_rows
 @in_soak
 @pytest.mark.slow
 def test_a_run_that_goes_on_has_its_id_and_a_new_one_another(tmp_path):
-    logged(tmp_path, [(1, {"loss": 0.5}), (2, {"loss": 0.25})])
-    logged(tmp_path, [(2, {"loss": 0.125}), (3, {"loss": 0.125})], start=2)  # Of the second, there is a row.
+    logged(offline_run(tmp_path), [(1, {"loss": 0.5}), (2, {"loss": 0.25})])
+    logged(offline_run(tmp_path), [(2, {"loss": 0.125}), (3, {"loss": 0.125})], start=2)  # Step 2 has a row.
     assert [(row["_step"], row["step"], row["loss"]) for row in rows(tmp_path)] == [
         (0, 1, 0.5),
         (1, 2, 0.25),
         (2, 3, 0.125),
     ]
-    logged(tmp_path, [(1, {"loss": 1.0})])
+    logged(offline_run(tmp_path), [(1, {"loss": 1.0})])
     assert [len(of_run) for of_run in files(tmp_path).values()] == [2, 1]
 
 
 @pytest.mark.slow
 def test_a_file_torn_at_any_byte_gives_the_rows_before(tmp_path):
-    logged(tmp_path, [(step, {f"n/{i}": step * i for i in range(1000)}) for step in range(6)])
+    logged(offline_run(tmp_path), [(step, {f"n/{i}": step * i for i in range(1000)}) for step in range(6)])
     ((file,),) = files(tmp_path).values()
     whole, counts = file.read_bytes(), []
     assert len(whole) > 3 * 2**15  # Records lie over the bounds of blocks.

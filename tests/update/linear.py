@@ -43,3 +43,12 @@ def run(update, state, batches, **options):
     for batch in batches:
         state, metrics = update(state, batch, **options)
     return state, metrics
+
+
+def run_with_rows(update, state, batches):
+    """The last state, and the metrics of each call."""
+    rows = []
+    for batch in batches:
+        state, metrics = update(state, batch)
+        rows.append(metrics)
+    return state, rows

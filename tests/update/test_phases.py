@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from linear import run_with_rows as run
 
 import functrain as ft
 from functrain.update.phases import period
@@ -59,14 +60,6 @@ def started(schedule=None, params=None, **options):
     params = gan_params() if params is None else params
     update = ft.make_update(gan() if schedule is None else schedule, optimizer_of(params), **options)
     return update, update.init(params, key=jax.random.key(3))
-
-
-def run(update, state, batches):
-    rows = []
-    for batch in batches:
-        state, metrics = update(state, batch)
-        rows.append(metrics)
-    return state, rows
 
 
 def assert_equal(one, other):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from linear import run_with_rows as run
 
 import functrain as ft
 
@@ -56,14 +57,6 @@ def started(*phases, optim=None, **options):
 
 CRITIC = ft.Phase("critic", critic_loss, "critic")
 DELAYED = ft.Phase("actor", actor_loss, "actor", same_batch=True, every=2)
-
-
-def run(update, state, batches):
-    rows = []
-    for batch in batches:
-        state, metrics = update(state, batch)
-        rows.append(metrics)
-    return state, rows
 
 
 def bits(tree):

@@ -44,12 +44,13 @@ def files_in(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file that is either not there or complete, and on the disk; until then it has a hidden name."""
+    written = content if isinstance(content, bytes) else content.encode()
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(written)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

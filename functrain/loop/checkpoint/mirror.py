@@ -17,6 +17,7 @@ from typing import Any
 from functrain.errors import CheckpointError, StorageError
 from functrain.loop.checkpoint import manifest
 from functrain.loop.checkpoint.contents import contents_file
+from functrain.loop.checkpoint.durable import write_whole
 from functrain.loop.checkpoint.folder import Name
 from functrain.loop.checkpoint.staging import OWN
 from functrain.loop.remote.store import Stat, Store
@@ -195,9 +196,7 @@ class Mirror:
             content = self.store.get(name)
         except FileNotFoundError:
             return False
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        write_whole(path, content)
         return True
 
     def move_all(self, to: str, *others: str) -> None:

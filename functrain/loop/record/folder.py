@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from functrain.errors import RecordError
+from functrain.loop.checkpoint.durable import write_whole
 from functrain.loop.lines import LOG
 from functrain.loop.record.files import FILES, FORMAT, REPORTS, RESULTS, RESULTS_FOLDER, RUN
 from functrain.loop.record.reading import read_results
@@ -79,16 +79,7 @@ class RecordFolder:
         """
         path = self.directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_whole(path, content)
 
     def evaluated(self, step: int) -> set[str]:
         """The names of the evaluations that found something of the last state, if that is of a step."""
