@@ -15,6 +15,7 @@ from functrain.errors import (
     EvaluationError,
     FitError,
     FunctrainError,
+    LayoutError,
     LogError,
     LossError,
     NonFiniteError,
@@ -56,6 +57,9 @@ if TYPE_CHECKING:
     from functrain.loop.sweep import Sweep, lr_sweep
     from functrain.loop.to_mlflow import MLflow
     from functrain.loop.to_wandb import WandB
+    from functrain.mesh.layout import Layout
+    from functrain.mesh.make import layout
+    from functrain.mesh.specs import largest
     from functrain.optim.adoption import Adoption
     from functrain.optim.hyperparameters import with_lr, with_state
     from functrain.optim.optimizer import Optimizer
@@ -98,6 +102,8 @@ __all__ = [
     "Hook",
     "JsonLines",
     "Language",
+    "Layout",
+    "LayoutError",
     "Limits",
     "LogError",
     "Logger",
@@ -143,6 +149,8 @@ __all__ = [
     "flatten",
     "from_arrays",
     "from_tfds",
+    "largest",
+    "layout",
     "load_model_state",
     "load_params",
     "lr_sweep",
@@ -178,6 +186,7 @@ _LAZY = {
     "Hook": "functrain.loop.hooks",
     "JsonLines": "functrain.loop.logs",
     "Language": "functrain.loop.packages.language",
+    "Layout": "functrain.mesh.layout",
     "Limits": "functrain.loop.remote.limits",
     "Logger": "functrain.loop.logs",
     "Loss": "functrain.gradients.loss",
@@ -212,6 +221,8 @@ _LAZY = {
     "flatten": "functrain.tree.paths",
     "from_arrays": "functrain.loop.data",
     "from_tfds": "functrain.loop.data",
+    "largest": "functrain.mesh.specs",
+    "layout": "functrain.mesh.make",
     "load_model_state": "functrain.loop.checkpoint.alone",
     "load_params": "functrain.loop.checkpoint.alone",
     "lr_sweep": "functrain.loop.sweep",

@@ -12,6 +12,10 @@ class PartitionError(FunctrainError, ValueError):
     """A selector, a rule or a tree that does not fit the leaves it is meant for."""
 
 
+class LayoutError(FunctrainError, ValueError):
+    """A rule that does not fit a leaf or the mesh, or arrays that do not fit a layout."""
+
+
 class LossError(FunctrainError, ValueError):
     """A loss function, what it returned, or a route of its losses, that no gradient can be taken of."""
 

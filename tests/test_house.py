@@ -14,6 +14,7 @@ HOUSE = Path(functrain.__file__).parent
 FLOORS = [
     "errors",
     "tree",
+    "mesh",
     "gradients optim",
     "update",
     "auditing",

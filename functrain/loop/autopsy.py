@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from functrain.auditing.origin import Known, Origin, walk
-from functrain.loop.batches import put
 from functrain.loop.checkpoint.reading import Restored
 from functrain.loop.finite import is_loss
 from functrain.loop.run import Run
 from functrain.loop.signals import StopSignals
 from functrain.loop.training import Plan
+from functrain.mesh.shares import put
 from functrain.tree.arrays import replicated_over
 from functrain.tree.paths import flatten
 from functrain.tree.text import listed

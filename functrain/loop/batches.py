@@ -7,17 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functrain.loop.shares import Shardings, assembled, each_with
+from functrain.mesh.shares import Shardings, after_one_axis, assembled, each_with, put
 from functrain.tree.arrays import is_here
-
-
-def put(batch: Any, sharding: Shardings) -> Any:
-    """A batch where a sharding says; of several processes each gives the rows of its share, and what is there stays."""
-    if sharding is None:
-        return batch
-    if jax.process_count() == 1:
-        return jax.device_put(batch, each_with(lambda leaf, here: here, sharding, batch))
-    return each_with(lambda leaf, here: leaf if _lies(leaf, here) else assembled(leaf, here), sharding, batch)
 
 
 def put_ahead(batch: Any, sharding: Shardings) -> Any:
@@ -33,7 +24,7 @@ def put_stacked(batches: Sequence[Any], sharding: Shardings) -> Any:
     several = jax.process_count() > 1
 
     def placed(leaf: Any, here: jax.sharding.Sharding) -> Any:
-        here = _after_one_axis(here, leaf.ndim)
+        here = after_one_axis(here, leaf.ndim)
         return assembled(leaf, here, axis=1) if several and is_here(leaf) else jax.device_put(leaf, here)
 
     return each_with(placed, sharding, stacked)
@@ -42,16 +33,6 @@ def put_stacked(batches: Sequence[Any], sharding: Shardings) -> Any:
 def are_alike(batches: Sequence[Any]) -> bool:
     """Whether batches have one structure, and their leaves the same shapes and dtypes."""
     return len({*map(_signature, batches)}) == 1
-
-
-def _after_one_axis(sharding: jax.sharding.Sharding, rank: int) -> jax.sharding.Sharding:
-    if not isinstance(sharding, jax.NamedSharding):
-        return sharding
-    return sharding.update(spec=jax.P(None, *sharding.spec[: rank - 1]))
-
-
-def _lies(leaf: Any, sharding: jax.sharding.Sharding) -> bool:
-    return isinstance(leaf, jax.Array) and leaf.sharding == sharding
 
 
 def _stacked(*leaves: Any) -> Any:

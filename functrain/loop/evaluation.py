@@ -13,13 +13,13 @@ from jax.experimental import multihost_utils
 
 from functrain.errors import EvaluationError
 from functrain.gradients.loss import Loss
-from functrain.loop.batches import put
 from functrain.loop.every import Every
 from functrain.loop.names import named_values
 from functrain.loop.on_host import check_metrics, computed, is_on_host
 from functrain.loop.outcome import Outcome
-from functrain.loop.shares import Shardings, first_of, shared
+from functrain.loop.shares import shared
 from functrain.loop.tensors import arrays_of
+from functrain.mesh.shares import Shardings, first_of, put
 from functrain.tree.arrays import is_here, replicated_over, wide
 from functrain.tree.paths import PyTree
 from functrain.tree.text import listed

@@ -6,7 +6,7 @@ from typing import Any
 
 from functrain.errors import FitError
 from functrain.loop.evaluation import Evaluation
-from functrain.loop.shares import Shardings
+from functrain.mesh.shares import Shardings
 from functrain.update.state import TrainState
 from functrain.update.update import Update
 

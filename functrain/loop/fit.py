@@ -29,10 +29,11 @@ from functrain.loop.record.record import Record
 from functrain.loop.rows import Rows
 from functrain.loop.run import Run
 from functrain.loop.saving import Rates, Saver
-from functrain.loop.shares import Shardings, shared
+from functrain.loop.shares import shared
 from functrain.loop.signals import StopSignals
 from functrain.loop.start import end_together
 from functrain.loop.training import Plan, is_through, train
+from functrain.mesh.shares import Shardings
 from functrain.update.consumed import check_not_deleted
 from functrain.update.packed import as_it_was
 from functrain.update.state import TrainState

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from functrain.errors import FitError, NonFiniteError
-from functrain.loop.batches import put
 from functrain.loop.given import check_data
 from functrain.loop.reader import Reader
-from functrain.loop.shares import Shardings, shared
+from functrain.loop.shares import shared
+from functrain.mesh.shares import Shardings, put
 from functrain.tree.paths import flatten
 from functrain.tree.text import listed
 from functrain.update.checks import check_by_part, check_state

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 
 from functrain.errors import FitError
-from functrain.loop.batches import put, put_stacked
+from functrain.loop.batches import put_stacked
 from functrain.loop.compiling import compile_for, most_steps
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.evaluations import params_for
@@ -17,8 +17,8 @@ from functrain.loop.record.record import Record
 from functrain.loop.rows import Rows
 from functrain.loop.run import Run
 from functrain.loop.saving import Saver, scalars
-from functrain.loop.shares import Shardings
 from functrain.loop.signals import StopSignals
+from functrain.mesh.shares import Shardings, put
 from functrain.update.phases import Turn
 from functrain.update.stages import joins_within
 

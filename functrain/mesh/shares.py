@@ -1,16 +1,12 @@
-"""Which rows of a batch each process reads: those that its devices hold."""
+"""Which rows of a batch each process reads, those that its devices hold; and one array of the rows of all."""
 
-import zlib
-from collections.abc import Mapping
+import functools
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from functrain.errors import FitError
-from functrain.loop.data import Data
-from functrain.tree.paths import flatten
+from functrain.errors import LayoutError
 
 Shardings: TypeAlias = Any
 """A sharding for all leaves of a batch, or a tree of them that begins as the batch does."""
@@ -27,6 +23,7 @@ class Share(NamedTuple):
     of: int
 
 
+@functools.lru_cache(64)  # Of as many devices as there are each is looked at.
 def share_of(sharding: jax.sharding.Sharding, axis: int = 0) -> Share:
     """The slices of an axis that the devices of this process hold."""
     count = sharding.num_devices
@@ -36,14 +33,6 @@ def share_of(sharding: jax.sharding.Sharding, axis: int = 0) -> Share:
     rows = {piece[axis].indices(count)[:2] for piece in pieces if piece is not None}
     length = next(stop - start for start, stop in rows)
     return Share(tuple(sorted(start // length for start, _ in rows)), count // length)
-
-
-def shared(data: Any, sharding: Shardings) -> Any:
-    """Data of `from_arrays` and `from_tfds` with the share that this process's devices hold; other data as it is."""
-    first = first_of(sharding)
-    if not isinstance(data, Data) or first is None or jax.process_count() == 1:
-        return data
-    return data.over(*share_of(first))
 
 
 def first_of(sharding: Shardings) -> jax.sharding.Sharding | None:
@@ -75,7 +64,7 @@ def assembled(leaf: Any, sharding: jax.sharding.Sharding, axis: int = 0) -> jax.
     share = share_of(sharding, axis)
     length, rest = divmod(given.shape[axis], len(share.slices))
     if rest:
-        raise FitError(
+        raise LayoutError(
             f"this process holds {len(share.slices)} of the {share.of} slices of a batch, and was given"
             f" {given.shape[axis]} rows: give a multiple of {len(share.slices)}"
         )
@@ -91,31 +80,24 @@ def assembled(leaf: Any, sharding: jax.sharding.Sharding, axis: int = 0) -> jax.
     return jax.make_array_from_callback(shape, sharding, piece)
 
 
-def check_sharers(batch: Mapping[str, Any] | Any) -> None:
-    """Raises where processes hold the same rows of a batch and gave others: each would train on its own.
-
-    Raises:
-      FitError: in every process; it names a leaf.
-    """
-    for path, leaf in flatten(batch).items():
-        if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-            continue
-        places = {str(index): place for place, index in enumerate(_indices(leaf))}
-        sums = np.full(len(places), -1, np.int32)  # JAX takes 32 bits.
-        for shard in leaf.addressable_shards:
-            sums[places[str(shard.index)]] = zlib.crc32(np.asarray(shard.data).tobytes()) >> 1
-        found = np.asarray(multihost_utils.process_allgather(sums))
-        most = found.max(0)
-        if np.any((found != -1) & (found != most)):
-            raise FitError(
-                f"processes hold the same rows of {path or 'the batch'!r} and gave others: each reads those that its"
-                " devices hold, as ft.from_arrays does with fit(..., sharding=)"
-            )
+def put(batch: Any, sharding: Shardings) -> Any:
+    """A batch where a sharding says; of several processes each gives the rows of its share, and what is there stays."""
+    if sharding is None:
+        return batch
+    if jax.process_count() == 1:
+        return jax.device_put(batch, each_with(lambda leaf, here: here, sharding, batch))
+    return each_with(lambda leaf, here: leaf if _lies(leaf, here) else assembled(leaf, here), sharding, batch)
 
 
-def _indices(leaf: jax.Array) -> list[Any]:
-    found = leaf.sharding.devices_indices_map(leaf.shape).values()
-    return list({str(index): index for index in found}.values())
+def after_one_axis(sharding: jax.sharding.Sharding, rank: int) -> jax.sharding.Sharding:
+    """A sharding for arrays of a rank that have a new leading axis, which is not cut."""
+    if not isinstance(sharding, jax.NamedSharding):
+        return sharding
+    return sharding.update(spec=jax.P(None, *sharding.spec[: rank - 1]))
+
+
+def _lies(leaf: Any, sharding: jax.sharding.Sharding) -> bool:
+    return isinstance(leaf, jax.Array) and leaf.sharding == sharding
 
 
 def _is_sharding(value: Any) -> bool:

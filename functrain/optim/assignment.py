@@ -5,9 +5,11 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
+from functrain.mesh.layout import Layout
 from functrain.optim.checks import check_joins, check_others, check_transforms
 from functrain.optim.clipping import By, Norms, checked_norms
 from functrain.optim.describe import described
+from functrain.optim.layouts import Places, check_layout, on_device, places_of
 from functrain.optim.transforms import Frozen, Transform, state_name
 from functrain.tree.partition import Partition, table
 
@@ -22,6 +24,7 @@ class Assignment:
     clip_by: By | None = dataclasses.field(default=None, kw_only=True)
     frozen_until: Mapping[str, int] = dataclasses.field(default_factory=dict, kw_only=True)
     others: Mapping[str, Mapping[str, Transform]] = dataclasses.field(default_factory=dict, kw_only=True)
+    layout: Layout | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_transforms(self.parts, self.transforms)
@@ -31,6 +34,7 @@ class Assignment:
         object.__setattr__(self, "frozen_until", dict(self.frozen_until))
         check_others(self.others, self.transforms, self.trained)
         object.__setattr__(self, "others", {name: dict(of_parts) for name, of_parts in self.others.items()})
+        check_layout(self.layout, self.parts, self.trained)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -69,6 +73,16 @@ class Assignment:
     def stage(self, step: int) -> int:
         """The number of the stage that a run is in when it has finished this many steps."""
         return bisect.bisect_right(self.stages, step) - 1
+
+    @functools.cached_property
+    def places(self) -> Places | None:
+        """Where the optimizer state of each trained leaf lies; None without a layout."""
+        return None if self.layout is None else places_of(self.layout, self.parts, self.trained)
+
+    @functools.cached_property
+    def places_of_grads(self) -> Places | None:
+        """Where gradients of trained leaves, sums of them and updates lie; None without a layout."""
+        return self.places and {part: on_device(places) for part, places in self.places.items()}
 
     @property
     def described(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import optax
 
+from functrain.mesh.constraints import brought
 from functrain.optim.adoption import Adoption, adopted_states
 from functrain.optim.checks import (
     check_extra_args,
@@ -52,6 +53,8 @@ class Optimizer(StateAccess):
       others: `{name: {part: transform}}`, more transforms of trained parts, each with a state of its own, under
         "part@name": `step(..., using=name)` steps these parts with them, in the place of their own. `ft.Phase(...,
         optim={part: transform})` makes them.
+      layout: from `ft.layout`, of the same params: state, gradients, their sums and updates follow their parameter over
+        the mesh, and are cut further where its `zero` says so.
 
     Raises:
       OptimizerError: a part without a transform, a transform without a part, a norm that is none, or a step from which
@@ -117,6 +120,8 @@ class Optimizer(StateAccess):
         settings = checked_settings(lr, set, opt_state, self.all_transforms)
         check_extra_args(extra, settings, self.all_transforms)
         check_using(using, self.others)
+        if self.places_of_grads is not None:
+            grads = {part: brought(dict(flat), self.places_of_grads[part]) for part, flat in grads.items()}
         unclipped = grads
         if self.clip_norm is not None:
             grads = clipped(grads, *checked_norms(self.clip_norm, self.clip_by, self.trained))
@@ -153,6 +158,11 @@ class Optimizer(StateAccess):
         """The whole params with the updates of some parts added, each leaf of its old dtype."""
         split = self.parts.split(params)
         new = {part: optax.apply_updates(split[part], dict(updates[part])) for part in updates}
+        if self.layout is not None:
+            new = {
+                part: {path: brought(leaf, self.layout.sharding(path)) for path, leaf in new[part].items()}
+                for part in new
+            }
         return self.parts.merge(new, into=params)
 
     def adopt(

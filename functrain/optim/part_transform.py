@@ -9,11 +9,13 @@ import jax
 import optax
 
 from functrain.errors import OptimizerError, PartitionError
+from functrain.mesh.constraints import brought, in_auto_axes
 from functrain.optim.checks import check_one_of_each, check_shapes
 from functrain.optim.declared import KNOWN, accepted, declared
+from functrain.optim.layouts import on_device
 from functrain.optim.own_tree import OwnTree
 from functrain.optim.state_form import StateForm
-from functrain.optim.states import in_one_dtype, laid_out, like_before
+from functrain.optim.states import in_one_dtype, laid_out, like_before, state_shardings
 from functrain.tree.arrays import as_array, conjugate
 from functrain.tree.partition import Partition
 from functrain.tree.paths import Flat, PyTree
@@ -22,11 +24,19 @@ from functrain.tree.text import around_first_difference
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PartTransform:
-    """An optax transform and the part that it is of. What goes in and comes out is flat, `{path: leaf}`."""
+    """An optax transform and the part that it is of. What goes in and comes out is flat, `{path: leaf}`.
+
+    Attributes:
+      parts: the partition.
+      part: of it.
+      tx: the transform.
+      places: where the state of each leaf lies, by path; None for where its parameter does.
+    """
 
     parts: Partition
     part: str
     tx: optax.GradientTransformation
+    places: Mapping[str, Any] | None = None
 
     @functools.cached_property
     def tree(self) -> OwnTree:
@@ -52,9 +62,19 @@ class PartTransform:
           OptimizerError: it has two hyperparameters of one name.
         """
         form = self.form  # Before init, as it says which part is at fault.
-        state = form.to_cross(jax.tree.map(as_array, self.tx.init(self.tree.nested(params))))
-        check_one_of_each(self.part, state)
-        return laid_out(state, params)
+
+        def initial(params: Mapping[str, Any]) -> Any:
+            return form.to_cross(jax.tree.map(as_array, self.tx.init(self.tree.nested(params))))
+
+        check_one_of_each(self.part, form.shapes)
+        if self.places is None:
+            return laid_out(initial(params), params)
+        # Compiled, as nothing of it may ever lie whole on a device.
+        return jax.jit(initial, out_shardings=self.shardings(self.places))(dict(params))
+
+    def shardings(self, places: Mapping[str, Any]) -> Any:
+        """The shardings of the state, from those of what is shaped like the parameters."""
+        return state_shardings(self.form.shapes, self.parts.shapes(self.part), places)
 
     def arguments(self, extra: Mapping[str, Any], grads: Mapping[str, Any], params: PyTree) -> dict[str, Any]:
         """Of optax's extra arguments those that the transform declares, as it is given them.
@@ -93,15 +113,18 @@ class PartTransform:
         Raises:
           OptimizerError: the transform returns updates or a state of another structure or shapes.
         """
+        if self.places is not None:
+            state = brought(state, self.shardings(on_device(self.places)))
         wide_grads, wide_state, wide_params = in_one_dtype(grads, state, params)
         gradients = self.tree.nested(wide_grads)
         if self.form.looks_ahead:
             gradients = gradients.fast
-        tx: Any = self.tx
-        returned, new = tx.update(gradients, self.form.to_own(wide_state), self.tree.nested(wide_params), **extra)
+        own_state, own_params, tx = self.form.to_own(wide_state), self.tree.nested(wide_params), self.tx
+        returned, new = in_auto_axes(tx.update, (gradients, own_state, own_params), (own_params, own_state), **extra)
         updates = self._flat_updates(returned)
         check_shapes(updates, params, f"the updates of part {self.part!r}")
-        return updates, like_before(new, state, self.form, f"part {self.part!r}: the state that its transform returns")
+        after = like_before(new, state, self.form, f"part {self.part!r}: the state that its transform returns")
+        return updates, after if self.places is None else brought(after, self.shardings(self.places))
 
     def _flat_updates(self, returned: PyTree) -> Flat:
         try:

@@ -10,7 +10,7 @@ from functrain.optim.assignment import Assignment
 from functrain.optim.checks import check_no_schedule, check_part_state, check_state, checked_settings
 from functrain.optim.held import RATE, hyperparameters_in, with_settings
 from functrain.optim.part_transform import PartTransform
-from functrain.optim.states import in_place_of, like_before, state_shardings
+from functrain.optim.states import in_place_of, like_before
 from functrain.tree.paths import PyTree
 
 
@@ -107,18 +107,19 @@ class StateAccess(Assignment):
           params_shardings: a tree like params, of shardings: `jax.tree.map(lambda p: p.sharding, params)`.
 
         Returns:
-          A tree like the state: a parameter's sharding for state that is shaped like it; replicated for the rest.
+          A tree like the state: a parameter's sharding for state that is shaped like it, or what the layout says of it;
+          replicated for the rest.
         """
-        split = self.parts.split(params_shardings)
-        return {
-            name: state_shardings(of_part.form.shapes, self.parts.shapes(of_part.part), split[of_part.part])
-            for name, of_part in self._transforms.items()
-        }
+        places = self.places or self.parts.split(params_shardings)
+        return {name: of_part.shardings(places[of_part.part]) for name, of_part in self._transforms.items()}
 
     @functools.cached_property
     def _transforms(self) -> dict[str, PartTransform]:
         """The transforms of the trained parts, by the name of their state."""
-        return {name: PartTransform(self.parts, part, self.all_transforms[name]) for name, part in self.owners.items()}
+        return {
+            name: PartTransform(self.parts, part, self.all_transforms[name], self.places and self.places[part])
+            for name, part in self.owners.items()
+        }
 
     @property
     def _structures(self) -> dict[str, Any]:

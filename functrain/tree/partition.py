@@ -14,7 +14,8 @@ from functrain.errors import PartitionError
 from functrain.tree.arrays import is_array
 from functrain.tree.model_state import state_of_model
 from functrain.tree.paths import Flat, PyTree, check_paths, difference_from, flatten
-from functrain.tree.selectors import Selector, describe, matcher, resolved, unmatched
+from functrain.tree.rules import owners
+from functrain.tree.selectors import Selector, describe, matcher, unmatched
 from functrain.tree.text import aligned, bytes_in_words, did_you_mean, leaves_in_words, listed
 
 Split = dict[str, Flat]
@@ -234,7 +235,7 @@ def partition(
     flat = flatten(params)
     if not flat:
         raise PartitionError("the tree has no leaves: give partition() the parameters")
-    owner = _owners(flat, {part: _resolved(part, selector, params) for part, selector in rules.items()}, overlap)
+    owner = owners(params, rules, overlap)
     if uncovered := [path for path in flat if path not in owner]:
         raise PartitionError(
             f"no rule takes {listed(uncovered)}: add a rule for {'it' if len(uncovered) == 1 else 'them'},"
@@ -251,6 +252,24 @@ def partition(
     )
 
 
+def taken_by(parts: Partition, key: Selector) -> dict[str, str]:
+    """The paths that the name of a part, or else a selector takes, with the part of each.
+
+    >>> taken_by(partition({"conv": {"kernel": 1.0, "bias": 2.0}}, {"body": ...}), "**/bias")
+    {'conv/bias': 'body'}
+
+    Raises:
+      PartitionError: it takes none.
+    """
+    if isinstance(key, str) and key in parts.names:
+        return dict.fromkeys(parts.paths(key), key)
+    leaves = {leaf.path: leaf for leaf in parts.leaves}
+    takes, problem = matcher(key), unmatched(key, leaves)
+    if problem:
+        raise PartitionError(f"{problem}; the parts are {listed(parts.names, 30)}")
+    return {path: leaf.part for path, leaf in leaves.items() if takes(path, leaf)}
+
+
 def table(parts: Partition, title: str, cells: Sequence[str], *, paths: bool = False) -> str:
     """The parts as a text table whose last column has a title and a cell for each part."""
     rows = [("part", "leaves", "parameters", "bytes", title)]
@@ -261,49 +280,6 @@ def table(parts: Partition, title: str, cells: Sequence[str], *, paths: bool = F
             rows += [(f"  {leaf.path}", "", *_sums([leaf])[1:], _kind(leaf)) for leaf in mine]
     rows.append(("total", *_sums(parts.leaves), ""))
     return aligned(rows, (str.ljust, str.rjust, str.rjust, str.rjust, str.ljust))
-
-
-def _owners(flat: Flat, rules: Mapping[str, Selector], overlap: str) -> dict[str, str]:
-    owner: dict[str, str] = {}
-    for part, selector in rules.items():
-        if selector is ...:
-            matched = [path for path in flat if path not in owner]
-        else:
-            try:
-                takes = matcher(selector)
-            except PartitionError as error:
-                raise PartitionError(f"rule {part!r}: {error}") from None
-            matched = [path for path, leaf in flat.items() if takes(path, leaf)]
-            if problem := unmatched(selector, flat):
-                raise PartitionError(f"rule {part!r}: {problem}")
-        free = [path for path in matched if path not in owner]
-        earlier = dict.fromkeys(owner[path] for path in matched if path in owner)
-        if earlier and overlap == "error":
-            both = [path for path in matched if path in owner]
-            raise PartitionError(
-                f"rule {part!r} also matches {listed(both)} of {listed(earlier)}: make the two selectors disjoint,"
-                " or overlap='first' to let the first rule have them"
-            )
-        if not free:
-            _raise_shadowed(part, selector, matched, list(earlier))
-        owner.update(dict.fromkeys(free, part))
-    return owner
-
-
-def _resolved(part: str, selector: Selector, params: PyTree) -> Selector:
-    try:
-        return resolved(selector, params)
-    except PartitionError as error:
-        raise PartitionError(f"rule {part!r}: {error}") from None
-
-
-def _raise_shadowed(part: str, selector: Selector, matched: list[str], earlier: list[str]) -> None:
-    if not earlier:
-        raise PartitionError(f"rule {part!r}: {describe(selector)} takes no leaf, as earlier rules took all; remove it")
-    raise PartitionError(
-        f"rule {part!r} takes no leaf: {leaves_in_words(len(matched))} that {describe(selector)} matches went to the"
-        f" earlier rule {listed(earlier)}; put {part!r} before it"
-    )
 
 
 def _shared(flat: Flat) -> tuple[tuple[str, ...], ...]:

@@ -83,20 +83,25 @@ def _after_the_first(programs: Programs, first: Call, state: TrainState, batch: 
     """The state as it is after the first batch of a window, with shapes in the place of the window."""
     program = programs.program(first, state, batch, None)
     _, window, *_ = program.jitted.eval_shape(*program.split(state), batch, None)
-    split = programs.options.optim.parts.split(state.params)
+    optim = programs.options.optim
     committed = filter(None, map(committed_sharding, jax.tree.leaves(state.params)))
     of_others = next(map(replicated_like, committed), None)
+    of_params = {
+        part: {path: committed_sharding(leaf) for path, leaf in flat.items()}
+        for part, flat in optim.parts.split(state.params).items()
+    }
+    places = optim.places_of_grads or of_params
 
     def placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place, weak_type=leaf.weak_type)
 
-    def like(leaf: Any, param: Any) -> jax.ShapeDtypeStruct:
-        return placed(leaf, committed_sharding(param) or of_others)
-
-    def of_params(grads: Any) -> Any:
-        return {part: {path: like(leaf, split[part][path]) for path, leaf in grads[part].items()} for part in grads}
+    def of_parts(grads: Any) -> Any:
+        return {
+            part: {path: placed(leaf, places[part][path] or of_others) for path, leaf in flat.items()}
+            for part, flat in grads.items()
+        }
 
     by_loss = programs.options.by_loss
-    grads = {name: of_params(each) for name, each in window.grads.items()} if by_loss else of_params(window.grads)
+    grads = {name: of_parts(each) for name, each in window.grads.items()} if by_loss else of_parts(window.grads)
     metrics, weight = jax.tree.map(lambda leaf: placed(leaf, of_others), (window.metrics, window.weight))
     return dataclasses.replace(state, window=dataclasses.replace(window, grads=grads, metrics=metrics, weight=weight))

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from functrain.errors import PartitionError, UpdateError
+from functrain.mesh.constraints import brought
+from functrain.mesh.layout import Layout
 from functrain.optim.adoption import Adoption
 from functrain.optim.optimizer import Optimizer
 from functrain.tree.arrays import committed_sharding, global_norm, replicated_like, wide
-from functrain.tree.partition import Partition, Split
+from functrain.tree.partition import Partition, Split, taken_by
 from functrain.tree.paths import Flat, PyTree
-from functrain.tree.selectors import describe, matcher, unmatched
+from functrain.tree.selectors import describe
 from functrain.tree.text import listed
 
 
@@ -45,21 +47,23 @@ class Averages:
     Attributes:
       parts: the partition of the params.
       decays: `{part: {path: decay}}`.
+      layout: says where averages lie; None for where their parameters do.
     """
 
     parts: Partition
     decays: dict[str, dict[str, float]]
+    layout: Layout | None = None
 
     def init(self, params: PyTree) -> Ema:
         """The averages of no step, laid out as their leaves are."""
         split = self.parts.split(params)
-        return {part: _zeros({path: split[part][path] for path in decays}) for part, decays in self.decays.items()}
+        return {part: self._zeros({path: split[part][path] for path in decays}) for part, decays in self.decays.items()}
 
     def shardings(self, of_params: PyTree, replicated: Any) -> Ema:
         """The shardings of the averages, from those of the params."""
         split = self.parts.split(of_params)
         return {
-            part: Average(replicated, {path: split[part][path] for path in decays})
+            part: Average(replicated, {path: self._place(path, split[part][path]) for path in decays})
             for part, decays in self.decays.items()
         }
 
@@ -71,7 +75,8 @@ class Averages:
     def debiased(self, ema: Ema, split: Split) -> Split:
         """`{part: {path: average}}` of the given parts, float32 or wider; before a part's first step its parameters."""
         found: Split = {}
-        for part, params in split.items():
+        for part, given in split.items():
+            params = self._beside_averages(given)
             steps, mean = ema[part]
             unbiased: Flat = {}
             for decay, paths in self._by_decay(part).items():
@@ -90,7 +95,13 @@ class Averages:
     def _debiased_alike(self) -> Any:
         def debiased(ema: Ema, split: Split) -> Split:
             alike: Split = jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), self.debiased(ema, split), split)
-            return alike
+            layout = self.layout
+            if layout is None:
+                return alike
+            return {
+                part: {path: brought(mean, layout.sharding(path)) for path, mean in flat.items()}
+                for part, flat in alike.items()
+            }
 
         return jax.jit(debiased)
 
@@ -105,10 +116,29 @@ class Averages:
 
     def _stepped(self, part: str, average: Average, params: Flat) -> Average:
         mean: Flat = {}
+        params = self._beside_averages({path: params[path] for path in self.decays[part]})
         for decay, paths in self._by_decay(part).items():
             new = {path: _as_stored(params[path]) for path in paths}
             mean |= optax.tree.update_moment(new, {path: average.mean[path] for path in paths}, decay, 1)
         return Average(optax.safe_increment(average.steps), {path: mean[path] for path in average.mean})
+
+    def _zeros(self, params: Mapping[str, Any]) -> Average:
+        """An average of no step; nothing of it ever lies elsewhere than in its place."""
+        places = {path: self._place(path, _place(leaf)) for path, leaf in params.items()}
+        shapes = jax.eval_shape(lambda leaves: jax.tree.map(wide, leaves), dict(params))
+        mean = {path: jnp.zeros(leaf.shape, leaf.dtype, device=places[path]) for path, leaf in shapes.items()}
+        first = next(iter(places.values()))
+        return Average(jnp.zeros((), jnp.int32, device=None if first is None else replicated_like(first)), mean)
+
+    def _beside_averages(self, params: Flat) -> Flat:
+        """Parameters where their averages lie."""
+        layout = self.layout
+        if layout is None:
+            return params
+        return {path: brought(leaf, layout.of_state(path)) for path, leaf in params.items()}
+
+    def _place(self, path: str, of_param: Any) -> Any:
+        return of_param if self.layout is None else self.layout.of_state(path)
 
     def _by_decay(self, part: str) -> dict[float, list[str]]:
         """The covered paths of a part by their decay: what has one goes through the operations of `optax.ema`."""
@@ -141,7 +171,7 @@ def averages_of(optim: Optimizer, ema: Any) -> Averages | None:
                 f"ema={{{_written(key)}: {decay!r}}}: give a number of at least 0 and below 1, such as 0.999; it needs"
                 " no schedule for the first steps, as the average is debiased"
             )
-        taken = taken_by(optim.parts, key, "ema")
+        taken = leaves_taken_by(optim.parts, key, "ema")
         if key is ...:
             taken = {path: part for path, part in taken.items() if path not in owner}
         if twice := [path for path in taken if path in owner]:
@@ -156,25 +186,19 @@ def averages_of(optim: Optimizer, ema: Any) -> Averages | None:
         owner |= dict.fromkeys(taken, key)
         for path, part in mine.items():
             decays.setdefault(part, {})[path] = float(decay)
-    return Averages(optim.parts, decays)
+    return Averages(optim.parts, decays, optim.layout)
 
 
-def taken_by(parts: Partition, key: Any, what: str) -> dict[str, str]:
+def leaves_taken_by(parts: Partition, key: Any, what: str) -> dict[str, str]:
     """The paths that the name of a part, or else a selector takes, with the part of each.
 
     Raises:
       UpdateError: it takes none.
     """
-    if isinstance(key, str) and key in parts.names:
-        return dict.fromkeys(parts.paths(key), key)
-    leaves = {leaf.path: leaf for leaf in parts.leaves}
     try:
-        takes, problem = matcher(key), unmatched(key, leaves)
+        return taken_by(parts, key)
     except PartitionError as error:
         raise UpdateError(f"{what}: {error}") from None
-    if problem:
-        raise UpdateError(f"{what}: {problem}; the parts are {listed(parts.names, 30)}")
-    return {path: leaf.part for path, leaf in leaves.items() if takes(path, leaf)}
 
 
 def check_averages(averages: Averages | None, ema: Ema | None) -> None:
@@ -217,15 +241,6 @@ def adopted_ema(
         dropped=told(report.dropped, {part: old[part] for part in old if part not in sources.values()}),
         sources=report.sources | {part: tuple(names) for part, names in origins.items()},
     )
-
-
-def _zeros(params: Mapping[str, Any]) -> Average:
-    """An average of no step; nothing of it lies elsewhere than its parameters."""
-    places = {path: _place(leaf) for path, leaf in params.items()}
-    shapes = jax.eval_shape(lambda leaves: jax.tree.map(wide, leaves), dict(params))
-    mean = {path: jnp.zeros(leaf.shape, leaf.dtype, device=places[path]) for path, leaf in shapes.items()}
-    first = next(iter(places.values()))
-    return Average(jnp.zeros((), jnp.int32, device=None if first is None else replicated_like(first)), mean)
 
 
 def _as_stored(param: Any) -> Any:

@@ -30,6 +30,8 @@ def initial_state(
             " those, or make a partition of these"
         )
     taken = {id(leaf) for leaf in jax.tree.leaves((params, model_state))} if copy else set()
+    if options.optim.layout is not None:
+        params = options.optim.layout.put(params)
     params, model_state = jax.tree.map(as_array, (params, model_state))
     replicated = replicated_over(params)
 
@@ -73,6 +75,8 @@ def abstract_state(options: Options, params: PyTree, *, model_state: Any, key: A
     """The shapes, dtypes and shardings of an initial state, from arrays or shapes, without computing anything."""
     counter = jax.ShapeDtypeStruct((), np.dtype(np.int64))
     params = options.whole.arrays(params)
+    if options.optim.layout is not None:
+        params = options.optim.layout.abstract(params)
 
     def initial(params: PyTree, model_state: Any, key: Any) -> TrainState:
         return TrainState(

@@ -1,11 +1,12 @@
 """What all steps of an update share, and what one of them may be given."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from functrain.errors import UpdateError
 from functrain.gradients.per_example import PerExample
+from functrain.mesh.constraints import brought
 from functrain.optim.optimizer import Optimizer
 from functrain.tree.rest import Whole
 from functrain.update.ema import Averages
@@ -55,6 +56,14 @@ class Options:
     def by_loss(self) -> bool:
         """Whether the gradient of each loss is computed by itself."""
         return self.surgery is not None and "per_loss" in self.surgery.declares
+
+    def in_place(self, grads: Any, parts: Sequence[str]) -> Any:
+        """Gradients of some parts, or those of each loss, where the layout has them."""
+        places = self.optim.places_of_grads
+        if places is None:
+            return grads
+        mine = {part: places[part] for part in parts}
+        return brought(grads, dict.fromkeys(grads, mine) if self.by_loss else mine)
 
     @property
     def skips(self) -> bool:

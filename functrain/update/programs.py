@@ -151,6 +151,8 @@ class Program:
 
         def run(consumed: Any, read: Any, batch: Any, settings: Settings | None) -> tuple[list[Any], Any, Metrics, Any]:
             self._see(batch)
+            if layout is not None:
+                batch = layout.constrained(batch, stacked=call.kind == "scan")
             with names_of_arguments(lambda: self._names(batch, settings)), _told_of_scan(call, batch):
                 state, found = body(self.join(consumed, read), batch, settings)
             leaves, window = packed_leaves(state), state.window
@@ -161,9 +163,11 @@ class Program:
 
         run.__name__ = f"functrain_{call.kind}"
         step, grads, out_shardings = steps[call.turns[0][0]], None, None
+        layout = step.options.optim.layout
         if self.form.shardings is not None:
-            split = step.options.optim.parts.split(self.form.field("params", self.form.shardings))
-            grads = {part: split[part] for part in step.parts}
+            optim = step.options.optim
+            places = optim.places_of_grads or optim.parts.split(self.form.field("params", self.form.shardings))
+            grads = {part: places[part] for part in step.parts}
             # The names of the losses, where there are gradients of each, are not known yet.
             of_window = None if step.options.by_loss else grads
             window = Window(grads=of_window, metrics=None, weight=None) if call.only_adds else None

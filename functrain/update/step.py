@@ -129,7 +129,7 @@ class Step:
 
         one = jax.tree.map(lambda leaf: leaf[0], batches)
         window = jax.eval_shape(lambda state: add(state, one)[0].window, state)
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), window)
+        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), window)
         state, _ = jax.lax.scan(add, dataclasses.replace(state, window=empty), batches)
         return self.flush(state, settings, measured=measured)
 
@@ -145,6 +145,7 @@ class Step:
         def gradients(batch: Any, key: Any, model_state: Any) -> tuple[Any, Metrics, Any, Any]:
             context = Context(key, model_state, state.step, before)
             grads, loss, total = self.gradient(state.params, batch, context, scale)
+            grads = self.options.in_place(grads, self.parts)
             self.see(loss)
             if self.options.by_loss:
                 total = self.objective.summed(loss.values, state.step)
@@ -296,7 +297,7 @@ class Step:
 def _guarded(step: Callable[[], _Stepped], state: TrainState, skipped: jax.Array, *, measured: bool) -> _Stepped:
     """The step, unless it is skipped: then all as it was."""
     telemetry = jax.eval_shape(step).telemetry if measured else {}
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), telemetry)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), telemetry)
     as_it_was = _Stepped(state.params, state.opt_state, state.model_state, state.ema, nothing)
     stepped: _Stepped = jax.lax.cond(skipped, lambda: as_it_was, step)
     return stepped

@@ -15,7 +15,7 @@ from functrain.tree.paths import PyTree, difference, flatten, unflatten
 from functrain.tree.rest import Whole
 from functrain.tree.selectors import Selector, non_float, take
 from functrain.tree.text import listed
-from functrain.update.ema import taken_by
+from functrain.update.ema import leaves_taken_by
 from functrain.update.step import After
 
 
@@ -50,7 +50,7 @@ class Target:
         Raises:
           UpdateError: one of the two takes no leaf, their paths differ, or the target is trained.
         """
-        taken, others = (taken_by(optim.parts, each, str(self)) for each in (self.target, self.of))
+        taken, others = (leaves_taken_by(optim.parts, each, str(self)) for each in (self.target, self.of))
         if trained := [path for path, part in taken.items() if part in optim.trained]:
             raise UpdateError(
                 f"{self}: {listed(trained)} of the target is trained by an optimizer as well: give the target a part of"

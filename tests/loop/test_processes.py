@@ -96,7 +96,8 @@ def test_the_rows_of_all_processes_cover_a_batch_and_those_that_share_rows_read_
     printed = together(
         f"""
         from functrain.loop.batches import put, put_stacked
-        from functrain.loop.shares import share_of, shared
+        from functrain.loop.shares import shared
+        from functrain.mesh.shares import share_of
 
         whole = [next(iter(data.over((0,), 1))), next(data.over((0,), 1).epoch(1))]
         for shape, names in {MESHES}:

@@ -26,7 +26,7 @@ from functrain.loop.remote.address import cache_of, is_address
 from functrain.loop.remote.limits import Limits
 from functrain.loop.remote.store import Store
 from functrain.loop.run import Run
-from functrain.loop.shares import Shardings
+from functrain.mesh.shares import Shardings
 from functrain.tree.warn import warn
 from functrain.update.state import TrainState
 from functrain.update.update import Update

@@ -1,0 +1,64 @@
+"""Arrays brought to where they are to lie: outside of a trace placed, inside of one constrained."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from functrain.tree.arrays import placed
+from functrain.tree.paths import PyTree
+
+HOST = ("pinned_host", "unpinned_host")
+
+
+def brought(tree: PyTree, shardings: PyTree) -> PyTree:
+    """A tree with each leaf where its sharding says; in a program a constraint, which costs what it moves.
+
+    Args:
+      tree: arrays, traced or not.
+      shardings: a tree like it, of `jax.NamedSharding`s, in a memory of theirs or in the one that programs compute in.
+    """
+    return jax.tree.map(_brought, tree, shardings)
+
+
+def in_auto_axes(fn: Callable[..., PyTree], args: tuple[PyTree, ...], like: PyTree, **others: Any) -> PyTree:
+    """`fn(*args, **others)`, in which mesh axes that are a part of types are none: of these an optax transform is told.
+
+    Args:
+      fn: a function that knows no explicit axes, such as the update of Muon, whose products contract cut dimensions.
+      args: its positional arguments.
+      like: what it returns lies as this does, tree for tree.
+      **others: its arguments by keyword; of explicit axes in a function among them, it is not freed.
+    """
+    if not any(map(_is_explicit, jax.tree.leaves(args))):
+        return fn(*args, **others)
+    arrays: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for name, value in others.items():
+        is_array = all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(value))
+        (arrays if is_array and not callable(value) else rest)[name] = value
+
+    def free(args: tuple[PyTree, ...], arrays: dict[str, Any]) -> PyTree:
+        return fn(*args, **arrays, **rest)
+
+    shardings = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, like)
+    return jax.sharding.auto_axes(free, out_sharding=shardings)(args, arrays)
+
+
+def is_explicit(mesh: Any) -> bool:
+    """Whether a mesh has axes that are a part of an array's type."""
+    return jax.sharding.AxisType.Explicit in (mesh.axis_types or ())
+
+
+def _is_explicit(leaf: Any) -> bool:
+    return is_explicit(jax.typeof(leaf).sharding.mesh)
+
+
+def _brought(leaf: Any, sharding: Any) -> Any:
+    if not isinstance(leaf, jax.core.Tracer):
+        return leaf if getattr(leaf, "sharding", None) == sharding else placed(leaf, sharding)
+    if (jax.typeof(leaf).memory_space == jax.memory.Space.Host) != (sharding.memory_kind in HOST):
+        return jax.device_put(leaf, sharding)
+    if is_explicit(sharding.mesh):
+        return jax.sharding.reshard(leaf, sharding)
+    return jax.lax.with_sharding_constraint(leaf, sharding)

@@ -1,0 +1,59 @@
+"""Where optimizer state and updates lie, as a layout has it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from functrain.errors import OptimizerError, PartitionError
+from functrain.mesh.layout import Layout
+from functrain.tree.partition import Partition, taken_by
+from functrain.tree.paths import difference
+
+Places = dict[str, dict[str, Any]]
+"""`{part: {path: sharding}}`."""
+
+
+def check_layout(layout: Any, parts: Partition, trained: Sequence[str]) -> None:
+    """Raises unless a layout is of the leaves of a partition, and says of trained ones where their state lies.
+
+    Raises:
+      OptimizerError: it is no layout, or of other leaves or shapes; or its `memory` names what has no state.
+    """
+    if layout is None:
+        return
+    if not isinstance(layout, Layout):
+        raise OptimizerError(f"layout={layout!r}: write ft.layout(params, mesh, rules)")
+    shapes = {leaf.path: leaf.shape for leaf in parts.leaves if leaf.path not in parts.rest}
+    if differs := difference(layout.specs, shapes):
+        raise OptimizerError(f"the layout {differs}, of the leaves that were partitioned: make both of the same params")
+    for path, shape in shapes.items():
+        if shape != layout.shapes[path].shape:
+            raise OptimizerError(
+                f"{path!r} was laid out with shape {layout.shapes[path].shape}, and partitioned with {shape}: make both"
+                " of the same params"
+            )
+    for key in layout.memory:
+        try:
+            taken = taken_by(parts, key)
+        except PartitionError as error:
+            raise OptimizerError(f"the layout's memory=: {error}") from None
+        if frozen := [path for path, part in taken.items() if part not in trained]:
+            raise OptimizerError(
+                f"the layout's memory= names {key!r}, with {frozen[0]!r}, which is frozen and has no optimizer state:"
+                " leave it out"
+            )
+
+
+def places_of(layout: Layout, parts: Partition, trained: Sequence[str]) -> Places:
+    """Where the state of each trained leaf lies between two steps."""
+    kinds = {path: kind for key, kind in layout.memory.items() for path in taken_by(parts, key)}
+
+    def place(path: str) -> Any:
+        of_state = layout.of_state(path)
+        return of_state.with_memory_kind(kinds[path]) if path in kinds else of_state
+
+    return {part: {path: place(path) for path in parts.paths(part)} for part in trained}
+
+
+def on_device(places: Mapping[str, Any]) -> dict[str, Any]:
+    """The same places in the memory that programs compute in."""
+    return {path: place.with_memory_kind("device") for path, place in places.items()}
