@@ -29,7 +29,7 @@ from functrain.loop.record.record import Record
 from functrain.loop.rows import Rows
 from functrain.loop.run import Run
 from functrain.loop.saving import Rates, Saver
-from functrain.loop.shares import shared
+from functrain.loop.shares import shared, where_batches_lie
 from functrain.loop.signals import StopSignals
 from functrain.loop.start import end_together
 from functrain.loop.training import Plan, is_through, train
@@ -126,9 +126,10 @@ def fit(
       prefetch: batches that a thread reads, and sends to the device, while the one before is computed; for data that
         is slow beside updates that something waits for, such as a log of each. The data must not depend on the run, and
         give each batch memory of its own; what is read in advance when a run ends is lost to an iterator without state.
-      sharding: where batches go, those of evaluations too; by default as `jax.jit` has it. One for all arrays of a
-        batch, of which those of fewer axes take the beginning, or a dict of them by name. Of several processes each
-        reads the rows that its devices hold; data that is not `from_arrays`' or `from_tfds`' gives these rows itself.
+      sharding: where batches go, those of evaluations too; by default as the optimizer's layout says, without one as
+        `jax.jit` has it. One for all arrays of a batch, of which those of fewer axes take the beginning, or a dict of
+        them by name. Of several processes each reads the rows that its devices hold; data that is not `from_arrays`' or
+        `from_tfds`' gives these rows itself.
       load_best_on_end: return the state of the best checkpoint, by its `keep_best`; of several, the name of one.
       regroup: take a checkpoint of other parts or optimizers, and print what became of their state; see
         `Checkpoints.restore`.
@@ -160,6 +161,7 @@ def fit(
         "update": update, "state": state, "data": data, "log": log, "checkpoints": checkpoints, "record": record,
         "stop": stop, "evaluation": evaluation, "hooks": hooks, "loggers": loggers, "rates": rates,
     })  # fmt: skip
+    sharding = where_batches_lie(sharding, update)
     watching = [*([stop] if stop else []), *hooks, *([record] if record else [])]
     log, all_hooks = log or Every(updates=100), Hooks(watching)
     plan = Plan(

@@ -19,6 +19,7 @@ from functrain.loop.same_data import check_same, described
 from functrain.optim.held import RATE, settings_in
 from functrain.tree.warn import warn
 from functrain.update.consumed import check_not_deleted
+from functrain.update.initial import with_window_in_place
 from functrain.update.state import TrainState
 
 Rates: TypeAlias = Literal["program", "checkpoint"]
@@ -94,7 +95,7 @@ class Saver:
         if restored is None:
             return None
         _tell_of_key(run.state.key, restored.state.key)
-        run.state = restored.state
+        run.state = with_window_in_place(run.update.options, restored.state)
         # One that was saved without `fit` has nothing but the state.
         extra = restored.extra or {"epoch": 0, "read": 0, "results": {}, "seconds": 0.0, "hooks": []}
         check_same(extra.get("data"), run.reader.data, path=restored.path, epoch=extra["epoch"], read=extra["read"])

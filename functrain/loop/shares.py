@@ -12,6 +12,13 @@ from functrain.errors import FitError
 from functrain.loop.data import Data
 from functrain.mesh.shares import Shardings, first_of, share_of
 from functrain.tree.paths import flatten
+from functrain.update.update import Update
+
+
+def where_batches_lie(sharding: Shardings, update: Update) -> Shardings:
+    """Where batches go: as they are told to, or else as the update's layout says."""
+    layout = update.optim.layout
+    return sharding if sharding is not None or layout is None else layout.batch_shardings
 
 
 def shared(data: Any, sharding: Shardings) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from functrain.errors import FitError, NonFiniteError
 from functrain.loop.given import check_data
 from functrain.loop.reader import Reader
-from functrain.loop.shares import shared
+from functrain.loop.shares import shared, where_batches_lie
 from functrain.mesh.shares import Shardings, put
 from functrain.tree.paths import flatten
 from functrain.tree.text import listed
@@ -134,6 +134,7 @@ def lr_sweep(
     """
     check_state(state)
     check_data(batches)
+    sharding = where_batches_lie(sharding, update)
     _check_ranges(update, rates)
     _check_joined(update, state, rates)
     name = loss or _default_loss(update, rates)

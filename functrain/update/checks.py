@@ -49,7 +49,8 @@ def check_batch_of_all(batch: Any) -> None:
         raise UpdateError(
             f"{what} lies in this process alone, and the parameters lie over {jax.process_count()}: make one batch of"
             " the slices of all, jax.make_array_from_process_local_data(sharding, slice), with sharding ="
-            " jax.NamedSharding(mesh, jax.P('data')), or write fit(..., sharding=sharding)"
+            " jax.NamedSharding(mesh, jax.P('data')), or layout.batch(slice) of an ft.layout, or write"
+            " fit(..., sharding=sharding)"
         )
 
 

@@ -61,6 +61,15 @@ def initial_state(
     )
 
 
+def with_window_in_place(options: Options, state: TrainState) -> TrainState:
+    """A state whose pending window lies where its update has it: a checkpoint knows the places of parameters alone."""
+    window, places = state.window, options.optim.places_of_grads
+    if window is None or places is None:
+        return state
+    mine = next(iter(window.grads.values())) if options.by_loss else window.grads
+    return dataclasses.replace(state, window=dataclasses.replace(window, grads=options.in_place(window.grads, [*mine])))
+
+
 def check_key(key: Any) -> None:
     """Raises for what is no random key.
 
