@@ -33,6 +33,7 @@ soak: .venv/.dev
 	SOAK=20 $(BIN)/pytest -q -n 2 tests/optim/test_optax_own.py tests/optim/test_all_of_optax.py
 	SOAK=25 $(BIN)/pytest -q -s tests/loop/checkpoint/test_remote_kills.py -k again_and_again
 	SOAK=20 $(BIN)/pytest -q -n 2 tests/update/test_extra_arguments.py tests/loop/test_waiting.py
+	SOAK=2 $(BIN)/pytest -q -n 2 tests/update/test_layouts.py
 	SOAK=2 $(BIN)/pytest -q tests/loop/test_to_mlflow.py tests/loop/test_to_wandb.py tests/loop/test_start.py
 
 bench: .venv/.bench

@@ -28,21 +28,19 @@ def in_auto_axes(fn: Callable[..., PyTree], args: tuple[PyTree, ...], like: PyTr
       fn: a function that knows no explicit axes, such as the update of Muon, whose products contract cut dimensions.
       args: its positional arguments.
       like: what it returns lies as this does, tree for tree.
-      **others: its arguments by keyword; of explicit axes in a function among them, it is not freed.
+      **others: its arguments by keyword. A function among them, such as the loss, is one of explicit axes: it can't be
+        called there.
     """
     if not any(map(_is_explicit, jax.tree.leaves(args))):
         return fn(*args, **others)
-    arrays: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
-    for name, value in others.items():
-        is_array = all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(value))
-        (arrays if is_array and not callable(value) else rest)[name] = value
+    functions = {name: value for name, value in others.items() if callable(value)}
+    values = {name: value for name, value in others.items() if name not in functions}
 
-    def free(args: tuple[PyTree, ...], arrays: dict[str, Any]) -> PyTree:
-        return fn(*args, **arrays, **rest)
+    def free(args: tuple[PyTree, ...], values: dict[str, Any]) -> PyTree:
+        return fn(*args, **values, **functions)
 
     shardings = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, like)
-    return jax.sharding.auto_axes(free, out_sharding=shardings)(args, arrays)
+    return jax.sharding.auto_axes(free, out_sharding=shardings)(args, values)
 
 
 def is_explicit(mesh: Any) -> bool:

@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import optax
+
 from functrain.errors import OptimizerError, PartitionError
+from functrain.mesh.constraints import brought
 from functrain.mesh.layout import Layout
 from functrain.tree.partition import Partition, taken_by
-from functrain.tree.paths import difference
+from functrain.tree.paths import Flat, difference
 
 Places = dict[str, dict[str, Any]]
 """`{part: {path: sharding}}`."""
@@ -57,3 +60,16 @@ def places_of(layout: Layout, parts: Partition, trained: Sequence[str]) -> Place
 def on_device(places: Mapping[str, Any]) -> dict[str, Any]:
     """The same places in the memory that programs compute in."""
     return {path: place.with_memory_kind("device") for path, place in places.items()}
+
+
+def with_updates(layout: Layout, params: Mapping[str, Any], updates: Mapping[str, Any]) -> Flat:
+    """Parameters with updates added, by path: each slice where its moments lie, which is then sent to where it is used.
+
+    So what ZeRO gathers are parameters, in their dtype, and not updates in a wider one.
+    """
+    new: Flat = {}
+    for path, update in updates.items():
+        here = layout.of_state(path)
+        stepped = optax.apply_updates(brought(params[path], here), brought(update, here))
+        new[path] = brought(stepped, layout.sharding(path))
+    return new

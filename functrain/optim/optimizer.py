@@ -17,6 +17,7 @@ from functrain.optim.checks import (
     checked_settings,
 )
 from functrain.optim.clipping import checked_norms, clipped
+from functrain.optim.layouts import with_updates
 from functrain.optim.state_access import StateAccess
 from functrain.optim.state_form import placeholder_type
 from functrain.optim.states import laid_out
@@ -157,12 +158,10 @@ class Optimizer(StateAccess):
     def apply_updates(self, params: PyTree, updates: Mapping[str, Mapping[str, Any]]) -> PyTree:
         """The whole params with the updates of some parts added, each leaf of its old dtype."""
         split = self.parts.split(params)
-        new = {part: optax.apply_updates(split[part], dict(updates[part])) for part in updates}
-        if self.layout is not None:
-            new = {
-                part: {path: brought(leaf, self.layout.sharding(path)) for path, leaf in new[part].items()}
-                for part in new
-            }
+        if self.layout is None:
+            new = {part: optax.apply_updates(split[part], dict(updates[part])) for part in updates}
+        else:
+            new = {part: with_updates(self.layout, split[part], updates[part]) for part in updates}
         return self.parts.merge(new, into=params)
 
     def adopt(

@@ -101,6 +101,11 @@ class PartTransform:
         """What it asks for; nothing where it takes anything, and does not say what."""
         return declared(self.tx)
 
+    @property
+    def _calls_the_loss(self) -> bool:
+        """Whether it asks for the loss as a function, which is written for the mesh axes of the user's program."""
+        return not self._declared.isdisjoint(("value_fn", "grad_fn", "obj_fn"))
+
     def update(self, grads: Mapping[str, Any], state: Any, params: Mapping[str, Any], **extra: Any) -> tuple[Flat, Any]:
         """The updates and the next state, of unchanged structure and dtypes.
 
@@ -120,7 +125,11 @@ class PartTransform:
         if self.form.looks_ahead:
             gradients = gradients.fast
         own_state, own_params, tx = self.form.to_own(wide_state), self.tree.nested(wide_params), self.tx
-        returned, new = in_auto_axes(tx.update, (gradients, own_state, own_params), (own_params, own_state), **extra)
+        if self._calls_the_loss:
+            returned, new = tx.update(gradients, own_state, own_params, **extra)
+        else:
+            args = (gradients, own_state, own_params)
+            returned, new = in_auto_axes(tx.update, args, (own_params, own_state), **extra)
         updates = self._flat_updates(returned)
         check_shapes(updates, params, f"the updates of part {self.part!r}")
         after = like_before(new, state, self.form, f"part {self.part!r}: the state that its transform returns")

@@ -120,7 +120,8 @@ class Averages:
         for decay, paths in self._by_decay(part).items():
             new = {path: _as_stored(params[path]) for path in paths}
             mean |= optax.tree.update_moment(new, {path: average.mean[path] for path in paths}, decay, 1)
-        return Average(optax.safe_increment(average.steps), {path: mean[path] for path in average.mean})
+        kept = self._beside_averages({path: mean[path] for path in average.mean})
+        return Average(optax.safe_increment(average.steps), kept)
 
     def _zeros(self, params: Mapping[str, Any]) -> Average:
         """An average of no step; nothing of it ever lies elsewhere than in its place."""
@@ -130,12 +131,12 @@ class Averages:
         first = next(iter(places.values()))
         return Average(jnp.zeros((), jnp.int32, device=None if first is None else replicated_like(first)), mean)
 
-    def _beside_averages(self, params: Flat) -> Flat:
-        """Parameters where their averages lie."""
+    def _beside_averages(self, leaves: Flat) -> Flat:
+        """Leaves where their averages lie."""
         layout = self.layout
         if layout is None:
-            return params
-        return {path: brought(leaf, layout.of_state(path)) for path, leaf in params.items()}
+            return leaves
+        return {path: brought(leaf, layout.of_state(path)) for path, leaf in leaves.items()}
 
     def _place(self, path: str, of_param: Any) -> Any:
         return of_param if self.layout is None else self.layout.of_state(path)
