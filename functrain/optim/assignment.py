@@ -4,14 +4,19 @@ import bisect
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
+
+import jax
 
 from functrain.mesh.layout import Layout
+from functrain.mesh.sums import finite, norms
 from functrain.optim.checks import check_joins, check_others, check_transforms
-from functrain.optim.clipping import By, Norms, checked_norms
+from functrain.optim.clipping import By, Norms, checked_norms, each_norm
 from functrain.optim.describe import described
 from functrain.optim.layouts import Places, check_layout, on_device, places_of
 from functrain.optim.transforms import Frozen, Transform, state_name
-from functrain.tree.partition import Partition, table
+from functrain.tree.arrays import is_finite
+from functrain.tree.partition import Partition, Split, table
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -83,6 +88,16 @@ class Assignment:
     def places_of_grads(self) -> Places | None:
         """Where gradients of trained leaves, sums of them and updates lie; None without a layout."""
         return self.places and {part: on_device(places) for part, places in self.places.items()}
+
+    def norms(self, groups: Mapping[Any, Split]) -> dict[Any, jax.Array]:
+        """The norms of split trees by any name, float32 or wider; over a layout all from one collective."""
+        return each_norm(groups) if self.layout is None else norms(groups, self.layout)
+
+    def finite(self, groups: Mapping[Any, Split]) -> dict[Any, jax.Array]:
+        """Whether every number of split trees is finite, bool scalars; over a layout all from one collective."""
+        if self.layout is None:
+            return {name: is_finite(split) for name, split in groups.items()}
+        return finite(groups, self.layout)
 
     @property
     def described(self) -> dict[str, str]:

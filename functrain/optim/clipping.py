@@ -54,7 +54,14 @@ def clip_written(clip_norm: Norms | None, clip_by: By | None, trained: Sequence[
     return {"clip_norm": {part: float(norm) for part, norm in norms.items()}, "clip_by": by}
 
 
-def clipped(grads: Mapping[str, Mapping[str, Any]], norms: Mapping[str, float], by: By) -> Split:
+def each_norm(groups: Mapping[Any, Split]) -> dict[Any, jax.Array]:
+    """The norm of each group of leaves, in float32 or wider."""
+    return {name: global_norm(split) for name, split in groups.items()}
+
+
+def clipped(
+    grads: Mapping[str, Mapping[str, Any]], norms: Mapping[str, float], by: By, norms_of: Any = each_norm
+) -> Split:
     """The gradients, scaled down to norms that are computed in float32 or wider.
 
     >>> grads = {"a": {"v": jnp.array([3.0, 4.0]), "w": jnp.array([0.0, 12.0])}}
@@ -67,22 +74,23 @@ def clipped(grads: Mapping[str, Mapping[str, Any]], norms: Mapping[str, float], 
       grads: split gradients.
       norms: the largest norm, by part; a part without one stays as it is.
       by: of what it is the norm. With "all" every part has the same.
+      norms_of: from split trees by any name to their norms.
     """
     if by == "all":
-        scale = _scale(grads, next(iter(norms.values())))
-        return {part: _scaled(flat, scale) for part, flat in grads.items()}
+        groups: dict[Any, Split] = {"all": {part: dict(flat) for part, flat in grads.items()}}
+    elif by == "part":
+        groups = {part: {part: dict(grads[part])} for part in norms if part in grads}
+    else:
+        groups = {
+            (part, path): {part: {path: grad}} for part in norms if part in grads for path, grad in grads[part].items()
+        }
     new = {part: dict(flat) for part, flat in grads.items()}
-    for part in norms.keys() & grads.keys():
-        if by == "part":
-            new[part] = _scaled(grads[part], _scale(grads[part], norms[part]))
-        else:
-            for path, grad in grads[part].items():
-                new[part] |= _scaled({path: grad}, _scale(grad, norms[part]))
+    for name, norm in norms_of(groups).items():
+        most = next(iter(norms[part] for part in groups[name] if part in norms))
+        scale = jnp.minimum(1.0, most / norm)
+        for part, flat in groups[name].items():
+            new[part] |= _scaled(flat, scale)
     return new
-
-
-def _scale(tree: Any, norm: float) -> jax.Array:
-    return jnp.minimum(1.0, norm / global_norm(tree))
 
 
 def _scaled(flat: Mapping[str, Any], scale: jax.Array) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Optimizer(StateAccess):
             grads = {part: brought(dict(flat), self.places_of_grads[part]) for part, flat in grads.items()}
         unclipped = grads
         if self.clip_norm is not None:
-            grads = clipped(grads, *checked_norms(self.clip_norm, self.clip_by, self.trained))
+            grads = clipped(grads, *checked_norms(self.clip_norm, self.clip_by, self.trained), self.norms)
         updates: Split = {}
         new_state, names = dict(opt_state), self.states_used(using)
         for part, flat in grads.items():

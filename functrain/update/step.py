@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import optax
 from functrain.errors import LossError, UpdateError
 from functrain.gradients.loss import Context, Loss
 from functrain.gradients.objective import Objective
+from functrain.optim.optimizer import Optimizer
 from functrain.optim.own_tree import ByPart
 from functrain.tree.arrays import is_finite
 from functrain.tree.paths import PyTree
@@ -42,10 +43,13 @@ class _Grads(NamedTuple):
     computed: Any
     given: Any
 
-    def is_finite(self, part: str) -> jax.Array:
+    def finite(self, optim: Optimizer, parts: Sequence[str]) -> dict[str, jax.Array]:
+        """Whether all gradients of each part are finite."""
+        given = optim.finite({part: {part: self.given[part]} for part in parts})
         if self.given is self.computed:
-            return is_finite(self.given[part])
-        return is_finite((self.computed[part], self.given[part]))
+            return given
+        computed = optim.finite({part: {part: self.computed[part]} for part in parts})
+        return {part: given[part] & computed[part] for part in parts}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -151,7 +155,7 @@ class Step:
                 total = self.objective.summed(loss.values, state.step)
             new = like_old(loss.model_state, model_state, "the model_state that the loss function returned", LossError)
             if self.options.skips:
-                finite = is_finite(grads)
+                finite = is_finite(grads) if self.options.by_loss else self.options.optim.finite({"": grads})[""]
                 new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, model_state)
             return grads, metrics_of(loss, total), loss.weight, new
 
@@ -243,7 +247,7 @@ class Step:
 
         scale_state = state.scale_state
         if self.options.skips:
-            nonfinite = {part: ~grads.is_finite(part) for part in self.parts}
+            nonfinite = {part: ~good for part, good in grads.finite(self.options.optim, self.parts).items()}
             skipped = jnp.any(jnp.stack(list(nonfinite.values())))
             stepped = _guarded(step, state, skipped, measured=measured)
             metrics = metrics | {"skipped": skipped.astype(jnp.int32), "nonfinite": nonfinite}
@@ -288,7 +292,7 @@ class Step:
         if measured:
             used = optim.hyperparameters(opt_state)
             named = {part: used.get(name, {}) for part, name in optim.states_used(self.using).items()}
-            telemetry = by_part(grads, updates, optim.parts.split(state.params), named)
+            telemetry = by_part(grads, updates, optim.parts.split(state.params), named, optim.norms)
             for part, distance in (averages.distances(ema, params, self.parts) if averages else {}).items():
                 telemetry[part]["ema_distance"] = distance
         return _Stepped(params, opt_state, model_state, ema, telemetry)

@@ -245,3 +245,46 @@ def test_every_optimizer_steps_over_a_mesh_as_on_one_device(name, kind):
     with jax.set_mesh(over):
         found = losses(layout_of("both, zero", over), explicit_loss if kind == AxisType.Explicit else loss_fn)
     np.testing.assert_allclose(found, losses(None, loss_fn), rtol=2e-5)
+
+
+# Numbers of many leaves.
+
+
+def reductions(layout, skip=False, **options):
+    """How many all-reduces of single numbers a step has, and what it computes."""
+    optim = optimizer_of(layout, **options)
+    update = ft.make_update(loss_fn, optim, nonfinite="skip" if skip else "ignore")
+    compiled = update.lower(update.abstract(start()), BATCHES[0]).compile()
+    small = re.compile(r"= [a-z0-9]+\[(?:[1-4])?\]\S* all-reduce(?:-start)?\(")
+    return len(small.findall(compiled.as_text()))
+
+
+@pytest.mark.parametrize("name", ["fsdp", "both", "both, zero", "tensor"])
+@pytest.mark.parametrize("options", [{"clip_norm": 0.1}, {"clip_norm": 0.1, "clip_by": "tensor"}, {"skip": True}])
+def test_a_norm_is_one_collective_however_many_leaves_it_is_of(name, options):
+    layout = layout_of(name)
+    assert reductions(layout, **options) - reductions(layout) == 1
+
+
+@pytest.mark.parametrize("by", ["all", "part", "tensor"])
+@pytest.mark.parametrize("name", ["both", "both, zero"])
+def test_gradients_are_clipped_as_on_one_device(name, by):
+    def clipped(layout):
+        optim = optimizer_of(layout, optax.sgd(0.1), clip_norm=0.05, clip_by=by)
+        update = ft.make_update(loss_fn, optim)
+        state, metrics = update.measured(update.init(start()), BATCHES[0])
+        return [*map(np.asarray, jax.tree.leaves((state.params, metrics)))]
+
+    for one, other in zip(clipped(layout_of(name)), clipped(None), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_gradient_that_is_not_finite_on_one_device_alone_is_skipped_on_all():
+    def loss(params, batch):
+        return loss_fn(params, batch) + jnp.log(params["head"]["bias"][7] * 0)  # The last slice's alone.
+
+    update = ft.make_update(loss, optimizer_of(layout_of("both")), nonfinite="skip")
+    _, metrics = update(update.init(start()), BATCHES[0])
+    assert (int(metrics["skipped"]), {part: bool(is_not) for part, is_not in metrics["nonfinite"].items()}) == (
+        1, {"head": True, "body": False},
+    )  # fmt: skip
