@@ -59,10 +59,11 @@ def advice(found: Sequence[Kept], activations: int) -> list[Advice]:
         if each.what == "optimizer state":
             states[each.part] = states.get(each.part, 0) + each.nbytes
     for part, nbytes in states.items():
-        text = f"the optimizer state of {part!r}: memory={{{part!r}: 'pinned_host'}} in ft.layout saves"
-        given.append(Advice(f"{text} {bytes_in_words(nbytes)} a device between two steps", nbytes))
-    text = "activations: microbatches=2 in make_update, or jax.checkpoint in the model, saves about"
-    given.append(Advice(f"{text} {bytes_in_words(activations // 2)} a device", activations // 2))
+        text = f"memory={{{part!r}: 'pinned_host'}} saves {bytes_in_words(nbytes)} between two steps"
+        given.append(Advice(f"{text}: its optimizer state lies on the host", nbytes))
+    saves = activations // 2
+    text = f"microbatches=2, or jax.checkpoint in the model, saves about {bytes_in_words(saves)} of activations"
+    given.append(Advice(text, saves))
     return sorted((each for each in given if each.saves > 0), key=lambda each: -each.saves)
 
 
@@ -75,11 +76,9 @@ def _cut_parameters(found: Sequence[Kept], axis: str) -> list[Advice]:
         leaves = [each for each in mine if each.what == "parameters" and _saved(each, axis)]
         if leaves:
             largest = max(leaves, key=lambda each: each.nbytes)
-            what = (
-                f"{largest.path!r}" if len(leaves) == 1 else f"{largest.path!r} and {len(leaves) - 1} more of {part!r}"
-            )
-            text = f"{what}, alike over the axis {axis!r}: ft.largest({axis!r}) for them in ft.layout saves"
-            given.append(Advice(f"{text} {bytes_in_words(saves)} a device", saves))
+            which = f"{largest.path!r} is" if len(leaves) == 1 else f"{largest.path!r} and {len(leaves) - 1} more are"
+            text = f"ft.largest({axis!r}) for {part!r} saves {bytes_in_words(saves)}: {which} alike over that axis"
+            given.append(Advice(text, saves))
     return given
 
 
@@ -94,8 +93,8 @@ def _cut_beside(found: Sequence[Kept], axis: str) -> list[Advice]:
     whats = [what for what in by_what if by_what[what]]
     words = ", ".join(whats[:-1]) + f" and {whats[-1]}" if len(whats) > 1 else whats[0]
     most = max(parts, key=lambda part: parts[part])
-    text = f"{words} alike over the axis {axis!r}, most of them of {most!r}: zero={axis!r} in ft.layout saves"
-    return [Advice(f"{text} {bytes_in_words(saves)} a device", saves)]
+    text = f"zero={axis!r} saves {bytes_in_words(saves)}: {words}, most of them of {most!r}, are alike over that axis"
+    return [Advice(text, saves)]
 
 
 def _saved(each: Kept, axis: str) -> int:
