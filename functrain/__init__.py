@@ -22,6 +22,7 @@ from functrain.errors import (
     OptimizerError,
     PartitionError,
     PhaseError,
+    PlanError,
     RecordError,
     SaveError,
     StartError,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from functrain.optim.hyperparameters import with_lr, with_state
     from functrain.optim.optimizer import Optimizer
     from functrain.optim.transforms import FROZEN
+    from functrain.planning.plan import Plan, plan
     from functrain.tree.partition import Partition, partition
     from functrain.tree.paths import flatten, unflatten
     from functrain.tree.selectors import Selector, mask, non_float, take
@@ -120,6 +122,8 @@ __all__ = [
     "PartitionError",
     "Phase",
     "PhaseError",
+    "Plan",
+    "PlanError",
     "Record",
     "RecordError",
     "ReduceOnPlateau",
@@ -159,6 +163,7 @@ __all__ = [
     "mask",
     "non_float",
     "partition",
+    "plan",
     "read_json_lines",
     "start",
     "take",
@@ -197,6 +202,7 @@ _LAZY = {
     "Outcome": "functrain.loop.outcome",
     "Partition": "functrain.tree.partition",
     "Phase": "functrain.update.phases",
+    "Plan": "functrain.planning.plan",
     "Record": "functrain.loop.record.record",
     "ReduceOnPlateau": "functrain.loop.plateau",
     "Regression": "functrain.loop.packages.regression",
@@ -231,6 +237,7 @@ _LAZY = {
     "mask": "functrain.tree.selectors",
     "non_float": "functrain.tree.selectors",
     "partition": "functrain.tree.partition",
+    "plan": "functrain.planning.plan",
     "read_json_lines": "functrain.loop.logs",
     "start": "functrain.loop.start",
     "take": "functrain.tree.selectors",

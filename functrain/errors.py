@@ -40,6 +40,10 @@ class AuditError(FunctrainError, ValueError):
     """A trained part that no loss reaches."""
 
 
+class PlanError(FunctrainError, ValueError):
+    """A plan that can't be made as asked."""
+
+
 class DataError(FunctrainError, ValueError):
     """Data that cannot be batched as asked."""
 

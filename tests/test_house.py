@@ -17,7 +17,7 @@ FLOORS = [
     "mesh",
     "gradients optim",
     "update",
-    "auditing",
+    "auditing planning",
     "loop",
     "cli",
     "functrain __main__",
