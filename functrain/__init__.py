@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from functrain.optim.adoption import Adoption
     from functrain.optim.hyperparameters import with_lr, with_state
     from functrain.optim.optimizer import Optimizer
+    from functrain.optim.stacked import stacked
     from functrain.optim.transforms import FROZEN
     from functrain.tree.partition import Partition, partition
     from functrain.tree.paths import flatten, unflatten
@@ -160,6 +161,7 @@ __all__ = [
     "non_float",
     "partition",
     "read_json_lines",
+    "stacked",
     "start",
     "take",
     "unflatten",
@@ -232,6 +234,7 @@ _LAZY = {
     "non_float": "functrain.tree.selectors",
     "partition": "functrain.tree.partition",
     "read_json_lines": "functrain.loop.logs",
+    "stacked": "functrain.optim.stacked",
     "start": "functrain.loop.start",
     "take": "functrain.tree.selectors",
     "unflatten": "functrain.tree.paths",
