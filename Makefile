@@ -40,6 +40,7 @@ bench: .venv/.bench
 	$(BIN)/python benchmarks/partition.py
 	$(BIN)/python benchmarks/update.py
 	$(BIN)/python benchmarks/losses.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/loop.py
 	$(BIN)/python benchmarks/record.py
 	$(BIN)/python benchmarks/checkpoint.py

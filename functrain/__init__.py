@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from functrain.optim.adoption import Adoption
     from functrain.optim.hyperparameters import with_lr, with_state
     from functrain.optim.optimizer import Optimizer
+    from functrain.optim.stacked import stacked
     from functrain.optim.transforms import FROZEN
     from functrain.planning.plan import Plan, plan
     from functrain.tree.partition import Partition, partition
@@ -165,6 +166,7 @@ __all__ = [
     "partition",
     "plan",
     "read_json_lines",
+    "stacked",
     "start",
     "take",
     "unflatten",
@@ -239,6 +241,7 @@ _LAZY = {
     "partition": "functrain.tree.partition",
     "plan": "functrain.planning.plan",
     "read_json_lines": "functrain.loop.logs",
+    "stacked": "functrain.optim.stacked",
     "start": "functrain.loop.start",
     "take": "functrain.tree.selectors",
     "unflatten": "functrain.tree.paths",

@@ -11,6 +11,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from functrain.auditing.numbers import told, told_of
 from functrain.tree.flow import of_scan
+from functrain.tree.operations import evaluated
 from functrain.tree.places import Level, Place, place_of
 
 # What calls another program with its own operands, and is walked into.
@@ -121,7 +122,7 @@ class _Walker:
             branch = branches[int(np.clip(given[0].value, 0, len(branches) - 1))]
             consts = _knowns(branch.consts, itertools.repeat("a constant"))
             return self.through(branch.jaxpr, consts, given[1:], (*here, Level.of(branch.jaxpr)))
-        outputs = _evaluated(eqn, [known.value for known in given])
+        outputs = evaluated(eqn, [known.value for known in given])
         found = _knowns(outputs)
         if any(each.is_bad for each in found):
             if name == "scan":
@@ -252,13 +253,6 @@ def _inner(eqn: Any) -> ClosedJaxpr | None:
     ]
     fits = [each for each in programs if len(each.jaxpr.invars) == len(eqn.invars)]
     return fits[0] if len(fits) == 1 and not (fits[0].jaxpr.constvars and not fits[0].consts) else None
-
-
-def _evaluated(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    params = eqn.primitive.get_bind_params(eqn.params)
-    with eqn.ctx.manager:
-        outputs = eqn.primitive.bind(*values, **params)
-    return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
 def _last_uses(jaxpr: Jaxpr) -> list[list[Any]]:

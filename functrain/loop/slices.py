@@ -9,10 +9,10 @@ import numpy as np
 
 from functrain.gradients.loss import Context, accepted_context, name_of
 from functrain.tree.warn import warn
+from functrain.update.microbatches import sliced
 from functrain.update.state import TrainState
 from functrain.update.step import Step
 from functrain.update.update import Update
-from functrain.update.window import sliced
 
 
 def tell_of_no_mean(update: Update, state: TrainState, batch: Any) -> None:

@@ -107,6 +107,8 @@ def _outline(made: Makeup) -> str:
 
 
 def _written(node: _Node) -> Makeup:
+    if node.name == "stacked" and len(node.made_of) == 1:  # Computes the same, and keeps the same state.
+        return _written(node.made_of[0])
     # What `with_lr` made says less to a reader than the name of its factory.
     mark = [] if node.given is None else ["given"]
     return [node.name, node.values, [_written(each) for each in node.made_of], *mark]

@@ -19,10 +19,11 @@ from functrain.tree.paths import PyTree
 from functrain.update.checks import like_old
 from functrain.update.ema import check_averages
 from functrain.update.metrics import Metrics, Weighed, known, metrics_of
+from functrain.update.microbatches import OfBatch, of_microbatches
 from functrain.update.options import Options, Settings
 from functrain.update.state import TrainState
 from functrain.update.telemetry import by_part
-from functrain.update.window import add_to_window, empty_window, sliced
+from functrain.update.window import add_to_window, empty_like
 
 After = Callable[[PyTree, Any, Any], tuple[PyTree, Any]]
 
@@ -132,8 +133,7 @@ class Step:
             return self.add(state, batch)[0], None
 
         one = jax.tree.map(lambda leaf: leaf[0], batches)
-        window = jax.eval_shape(lambda state: add(state, one)[0].window, state)
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), window)
+        empty = empty_like(lambda: self.add(state, one)[0].window)
         state, _ = jax.lax.scan(add, dataclasses.replace(state, window=empty), batches)
         return self.flush(state, settings, measured=measured)
 
@@ -193,27 +193,9 @@ class Step:
 
         return self._of_slices(value, batch, self._key(state, repeat), state.model_state)[1]
 
-    def _of_slices(
-        self, of_batch: Callable[..., tuple[Any, Any, Any, Any]], batch: Any, key: Any, model_state: Any
-    ) -> tuple[Any, Any, Any, Any]:
+    def _of_slices(self, of_batch: OfBatch, batch: Any, key: Any, model_state: Any) -> tuple[Any, Metrics, Any, Any]:
         """`(gradients, metrics, weight, model_state)` of a batch, where there are microbatches from these."""
-        count = self.options.microbatches
-        if count == 1:
-            return of_batch(batch, key, model_state)
-
-        def microbatch(carry: Any, inputs: Any) -> tuple[Any, None]:
-            window, model_state = carry
-            index, batch = inputs
-            folded = None if key is None else jax.random.fold_in(key, index)
-            grads, metrics, weight, model_state = of_batch(batch, folded, model_state)
-            return (add_to_window(window, grads, metrics, weight), model_state), None
-
-        slices = sliced(batch, count)
-        one = jax.tree.map(lambda leaf: leaf[0], slices)
-        of_grads, of_metrics, *_ = jax.eval_shape(of_batch, one, key, model_state)
-        start = (empty_window(of_grads, of_metrics), model_state)
-        (window, model_state), _ = jax.lax.scan(microbatch, start, (jnp.arange(count), slices))
-        return (*window.mean(), window.weight, model_state)
+        return of_microbatches(of_batch, batch, key, model_state, self.options.microbatches, self.options.optim.layout)
 
     def _key(self, state: TrainState, repeat: int) -> Any:
         """The key of a batch: it follows from its number and the phase alone."""

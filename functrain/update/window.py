@@ -1,14 +1,15 @@
-"""A window: the batches whose gradients make one optimizer step, while it is not finished; and slices of a batch."""
+"""A window: the batches whose gradients make one optimizer step, while it is not finished."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from functrain.errors import UpdateError
-from functrain.gradients.accumulation import Accumulated, accumulate, zeros
-from functrain.tree.arrays import common_length, leading_lengths, wide
+from functrain.gradients.accumulation import Accumulated, accumulate
+from functrain.tree.arrays import wide
 from functrain.tree.paths import flatten, structure_difference
 from functrain.tree.text import listed
 
@@ -59,11 +60,9 @@ def add_to_window(window: Window | None, grads: Any, metrics: Any, weight: Any) 
     return Window(of_grads, of_metrics, acc.weights)
 
 
-def empty_window(grads: Any, metrics: Any) -> Window:
-    """A window for such gradients and metrics, arrays or shapes, with no batch in it, to carry through a `scan`."""
-    acc = zeros((grads, jax.eval_shape(lambda metrics: jax.tree.map(wide, metrics), metrics)))
-    of_grads, of_metrics = acc.sums
-    return Window(of_grads, of_metrics, acc.weights)
+def empty_like(begun: Callable[[], Any]) -> Any:
+    """A window like one that a function would begin, or a tree with one, with nothing in it, for a `scan` to carry."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), jax.eval_shape(begun))
 
 
 def _check_metrics(metrics: Any, sums: Any) -> None:
@@ -80,19 +79,3 @@ def _check_metrics(metrics: Any, sums: Any) -> None:
             f" tree {differs}; return the same until the window is ended, or go on without it, in fit in run_started of"
             " a hook: run.state = dataclasses.replace(run.state, window=None, pending=np.array(0))"
         )
-
-
-def sliced(batch: Any, count: int) -> Any:
-    """A batch as slices on a new leading axis; each takes every count-th example, so that none leaves its device."""
-    lengths = leading_lengths(batch)
-    if len({*lengths.values()}) > 1:
-        shapes = {path: jnp.shape(leaf) for path, leaf in flatten(batch).items()}
-        raise UpdateError(
-            f"microbatches={count}: the leaves of a batch must have one leading axis, of examples: {shapes}"
-        )
-    if lengths and (common_length(lengths.values()) or 1) % count:
-        path, leaf = next(iter(flatten(batch).items()))
-        raise UpdateError(
-            f"microbatches={count}: the leading axis of {path!r}, shaped {jnp.shape(leaf)}, is no multiple of it"
-        )
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]).swapaxes(0, 1), batch)
