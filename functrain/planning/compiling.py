@@ -2,7 +2,6 @@
 
 import contextlib
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,14 +28,14 @@ def compiled(lowered: Any) -> Compiled:
     """Compiles what `jax.jit(...).lower` gave.
 
     XLA shows its passes only as it runs them, so no cache may have the program: the name of a pass that there is none
-    of, new every time, makes it another one. It is not put into a cache either.
+    of makes it another one than any that is run, and it is not put into a cache.
     """
     with tempfile.TemporaryDirectory() as folder, _not_cached():
         options = {
             **FAST,
             "xla_dump_to": folder,
             "xla_dump_hlo_pass_re": "spmd-partitioning",
-            "xla_disable_hlo_passes": f"none-{uuid.uuid4().hex}",
+            "xla_disable_hlo_passes": "none-for-a-plan",
         }
         program = lowered.compile(compiler_options=options)
         shown = [*Path(folder).glob("*.after_spmd-partitioning.*.txt")]

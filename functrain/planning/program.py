@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from functrain.errors import PlanError
 from functrain.planning.collectives import Collective, collectives, merged
 from functrain.planning.compiling import compiled
 from functrain.planning.flow import Flow
@@ -45,9 +46,18 @@ NOTHING = Costs(collections.Counter(), collections.Counter(), [], None, ())
 
 
 def costs_of(call: Lowered, devices: int) -> Costs:
-    """What a step has of one of its calls, as often as it makes it."""
+    """What a step has of one of its calls, as often as it makes it.
+
+    Raises:
+      PlanError: XLA did not show how it partitions the program.
+    """
     whole, of_whole = _followed(call, call.program.as_text(dialect="hlo", debug_info=True))
     made = compiled(call.program)
+    if made.text is None and devices > 1:
+        raise PlanError(
+            f"XLA showed nothing of how it cuts {call.kind!r} over {devices} devices: take dump options out of"
+            " XLA_FLAGS, or plan with the jax that functrain is tested with"
+        )
     here, of_here = (whole, of_whole) if made.text is None else _followed(call, made.text)
     memory: Any = made.program.memory_analysis()
     return Costs(

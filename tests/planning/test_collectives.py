@@ -7,8 +7,11 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from shapes import LAYERS, ROWS, WIDTH, mesh_of, mlp_loss, mlp_params, optimizer, sent, shape
+from trees import says
 
 import functrain as ft
+from functrain.planning.program import costs_of
+from functrain.update.anatomy import lowered_calls
 
 BODY, HEAD = 4 * LAYERS * WIDTH * WIDTH, 4 * WIDTH
 KERNEL = 4 * WIDTH * WIDTH
@@ -35,7 +38,7 @@ def test_data_parallel_reduces_every_gradient_once():
 
 
 def test_planned_again_it_is_the_same_although_programs_are_kept():
-    assert jax.config.jax_compilation_cache_dir  # The tests keep what they compile.
+    # The tests keep what they compile, and of a program that is kept XLA shows nothing.
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     first, second = (laid_out({...: P()}) for _ in range(2))
     assert first == second
@@ -116,7 +119,8 @@ def test_biases_and_scales_have_their_gradients_reduced_as_their_parts():
     params = {"body": {"scale": shape(WIDTH), "bias": shape(WIDTH)}, "head": shape(WIDTH, 1)}
 
     def loss_fn(params, batch):
-        return jnp.mean((jnp.tanh(batch * params["body"]["scale"] + params["body"]["bias"]) @ params["head"]) ** 2)
+        x = jnp.tanh(batch[:, None] * params["body"]["scale"] + params["body"]["bias"])
+        return jnp.mean((x @ params["head"]) ** 2)
 
     plan = laid_out({...: P()}, params=params, loss_fn=loss_fn)
     assert sent(plan, "all-reduce", "body") == (2, 2 * 4 * WIDTH)
@@ -153,3 +157,11 @@ def test_explicit_axes_are_planned_alike():
     assert sent(explicit, "all-reduce", "body") == sent(auto, "all-reduce", "body") == (LAYERS, BODY)
     assert explicit.held == auto.held
     assert explicit.flops == auto.flops
+
+
+def test_a_program_that_xla_did_not_show_is_an_error():
+    params = mlp_params()
+    update = ft.make_update(mlp_loss, optimizer(params))
+    call = next(iter(lowered_calls(update, update.abstract(params), shape(ROWS, WIDTH))))
+    with pytest.raises(ft.PlanError, match=says("how it cuts 'whole' over 8 devices", "XLA_FLAGS")):
+        costs_of(call, 8)  # It is of one.
