@@ -1,6 +1,7 @@
 """Arrays brought to where they are to lie: outside of a trace placed, inside of one constrained."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -46,6 +47,21 @@ def in_auto_axes(fn: Callable[..., PyTree], args: tuple[PyTree, ...], like: PyTr
 def is_explicit(mesh: Any) -> bool:
     """Whether a mesh has axes that are a part of an array's type."""
     return jax.sharding.AxisType.Explicit in (mesh.axis_types or ())
+
+
+@contextlib.contextmanager
+def told_of_explicit_axes(mesh: Any) -> Iterator[None]:
+    """Adds to what JAX says of types over a mesh where they come from: explicit axes are its default."""
+    try:
+        yield
+    except Exception as error:
+        if is_explicit(mesh) and type(error).__name__ == "ShardingTypeError":
+            error.add_note(
+                "the layout's mesh has explicit axes, JAX's default, where the model says how each result lies; to have"
+                f" the partitioner find that out: jax.make_mesh({mesh.axis_sizes}, {mesh.axis_names},"
+                f" axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)})"
+            )
+        raise
 
 
 def _is_explicit(leaf: Any) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 
 from functrain.errors import LossError, PhaseError
 from functrain.gradients.loss import Loss, name_of
+from functrain.mesh.constraints import told_of_explicit_axes
 from functrain.tree.arrays import is_here
 from functrain.tree.paths import flatten
 from functrain.tree.text import listed
@@ -151,9 +152,11 @@ class Program:
 
         def run(consumed: Any, read: Any, batch: Any, settings: Settings | None) -> tuple[list[Any], Any, Metrics, Any]:
             self._see(batch)
+            told: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if layout is not None:
                 batch = layout.constrained(batch, stacked=call.kind == "scan")
-            with names_of_arguments(lambda: self._names(batch, settings)), _told_of_scan(call, batch):
+                told = told_of_explicit_axes(layout.mesh)
+            with told, names_of_arguments(lambda: self._names(batch, settings)), _told_of_scan(call, batch):
                 state, found = body(self.join(consumed, read), batch, settings)
             leaves, window = packed_leaves(state), state.window
             if window is not None and grads is not None and step.options.by_loss:

@@ -218,6 +218,17 @@ def test_every_call_works_where_axes_are_explicit(name, call):
     assert all(jax.tree.leaves(jax.tree.map(lies_as, before, after)))
 
 
+def test_a_model_that_says_nothing_of_explicit_axes_is_told_how_to_have_others():
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        update = ft.make_update(loss_fn, optimizer_of(layout_of("fsdp", mesh(AxisType.Explicit))))
+        with pytest.raises(Exception, match="illegally sharded") as error:
+            update(update.init(start()), BATCHES[0])
+    assert error.value.__notes__[0].endswith(
+        "to have the partitioner find that out: jax.make_mesh((4, 2), ('data', 'model'),"
+        " axis_types=(jax.sharding.AxisType.Auto,) * 2)"
+    )
+
+
 OPTIMIZERS = {
     "muon": optax.contrib.muon(1e-2), "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=4),
     "lion": optax.lion(1e-3), "with_lr(muon)": ft.with_lr(optax.contrib.muon, 1e-2), "lamb": optax.lamb(1e-2),
