@@ -83,14 +83,14 @@ def _after_the_first(programs: Programs, first: Call, state: TrainState, batch: 
     """The state as it is after the first batch of a window, with shapes in the place of the window."""
     program = programs.program(first, state, batch, None)
     _, window, *_ = program.jitted.eval_shape(*program.split(state), batch, None)
-    optim = programs.options.optim
+    options, optim = programs.options, programs.options.optim
     committed = filter(None, map(committed_sharding, jax.tree.leaves(state.params)))
     of_others = next(map(replicated_like, committed), None)
     of_params = {
         part: {path: committed_sharding(leaf) for path, leaf in flat.items()}
         for part, flat in optim.parts.split(state.params).items()
     }
-    places = optim.places_of_grads or of_params
+    places = options.places_of_sums or of_params
 
     def placed(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place, weak_type=leaf.weak_type)
@@ -101,7 +101,8 @@ def _after_the_first(programs: Programs, first: Call, state: TrainState, batch: 
             for part, flat in grads.items()
         }
 
-    by_loss = programs.options.by_loss
+    by_loss = options.by_loss
+    of_numbers = options.by_shard.place if options.by_shard else of_others
     grads = {name: of_parts(each) for name, each in window.grads.items()} if by_loss else of_parts(window.grads)
-    metrics, weight = jax.tree.map(lambda leaf: placed(leaf, of_others), (window.metrics, window.weight))
+    metrics, weight = jax.tree.map(lambda leaf: placed(leaf, of_numbers), (window.metrics, window.weight))
     return dataclasses.replace(state, window=dataclasses.replace(window, grads=grads, metrics=metrics, weight=weight))

@@ -63,9 +63,11 @@ def initial_state(
 
 def with_window_in_place(options: Options, state: TrainState) -> TrainState:
     """A state whose pending window lies where its update has it: a checkpoint knows the places of parameters alone."""
-    window, places = state.window, options.optim.places_of_grads
-    if window is None or places is None:
+    if state.window is None:
         return state
+    window = options.fitted(state.window)
+    if options.places_of_sums is None:
+        return dataclasses.replace(state, window=window)
     mine = next(iter(window.grads.values())) if options.by_loss else window.grads
     return dataclasses.replace(state, window=dataclasses.replace(window, grads=options.in_place(window.grads, [*mine])))
 

@@ -23,6 +23,7 @@ def make_update(
     *,
     accumulate: int = 1,
     microbatches: int = 1,
+    reduce: Literal["batch", "window"] = "batch",
     remainder: Literal["flush", "drop", "carry"] = "flush",
     nonfinite: Literal["ignore", "skip"] = "ignore",
     after: After | None = None,
@@ -64,6 +65,11 @@ def make_update(
         be a multiple of it. The result is that of the whole batch, where the loss is a mean over `Loss.weight`; what
         compares the examples of a batch with each other (a contrastive loss, batch statistics) has another. `fit` warns
         of a loss that is no such mean, unless it draws random numbers.
+      reduce: when the gradients of the data shards of a layout are added up: for each "batch", or once a "window" or a
+        batch of `microbatches`, which sends so many times fewer bytes. Then each shard is a microbatch of its own, with
+        its number folded into the key of `loss_fn`; a loss that compares examples sees those of a shard, and one that
+        returns a new `model_state` is an error. Each device holds a whole sum of the gradients, where FSDP or `zero`
+        would have it hold a slice.
       remainder: what `flush` does with a window cut short: "flush" steps with the mean of what is there, "drop" forgets
         it, "carry" leaves it pending.
       nonfinite: "ignore" adds nothing to the compiled program; who reads the loss finds out. "skip" leaves out an
@@ -108,6 +114,7 @@ def make_update(
         whole=whole,
         accumulate=accumulate,
         microbatches=microbatches,
+        reduce=reduce,
         remainder=remainder,
         nonfinite=nonfinite,
         loss_scale=loss_scale,

@@ -14,16 +14,25 @@ from functrain.mesh.specs import axes_of, size_of
 from functrain.tree.arrays import common_length, leading_lengths
 from functrain.tree.paths import flatten
 from functrain.tree.text import listed
-from functrain.update.window import add_to_window, empty_like
+from functrain.update.options import Options
+from functrain.update.window import empty_like
 
 OfBatch = Callable[[Any, Any, Any], tuple[Any, Any, Any, Any]]
 """From a batch, a key and a model state to `(gradients, metrics, weight, model_state)`."""
 
 
 def of_microbatches(
-    of_batch: OfBatch, batch: Any, key: Any, model_state: Any, count: int, layout: Layout | None
+    of_batch: OfBatch,
+    batch: Any,
+    key: Any,
+    model_state: Any,
+    options: Options,
 ) -> tuple[Any, Any, Any, Any]:
-    """What `of_batch` returns for a whole batch, from its slices, the model state handed on from one to the next."""
+    """What `of_batch` returns for a whole batch, from its slices, the model state handed on from one to the next.
+
+    Where it returns that of each shard, so does this.
+    """
+    count, add = options.microbatches, options.added
     if count == 1:
         return of_batch(batch, key, model_state)
 
@@ -32,13 +41,13 @@ def of_microbatches(
         index, batch = inputs
         folded = None if key is None else jax.random.fold_in(key, index)
         grads, metrics, weight, model_state = of_batch(batch, folded, model_state)
-        return (add_to_window(window, grads, metrics, weight), model_state), None
+        return (add(window, grads, metrics, weight), model_state), None
 
-    slices = sliced(batch, count, layout)
+    slices = sliced(batch, count, options.optim.layout)
     one = jax.tree.map(lambda leaf: leaf[0], slices)
-    start = (empty_like(lambda: add_to_window(None, *of_batch(one, key, model_state)[:3])), model_state)
+    start = (empty_like(lambda: add(None, *of_batch(one, key, model_state)[:3])), model_state)
     (window, model_state), _ = jax.lax.scan(microbatch, start, (jnp.arange(count), slices))
-    return (*window.mean(), window.weight, model_state)
+    return (*options.means(window), window.weight, model_state)
 
 
 def sliced(batch: Any, count: int, layout: Layout | None = None) -> Any:

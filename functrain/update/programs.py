@@ -169,11 +169,12 @@ class Program:
         layout = step.options.optim.layout
         if self.form.shardings is not None:
             optim = step.options.optim
-            places = optim.places_of_grads or optim.parts.split(self.form.field("params", self.form.shardings))
+            places = step.options.places_of_sums or optim.parts.split(self.form.field("params", self.form.shardings))
             grads = {part: places[part] for part in step.parts}
             # The names of the losses, where there are gradients of each, are not known yet.
             of_window = None if step.options.by_loss else grads
-            window = Window(grads=of_window, metrics=None, weight=None) if call.only_adds else None
+            others = step.options.by_shard and step.options.by_shard.place
+            window = Window(grads=of_window, metrics=others, weight=others) if call.only_adds else None
             out_shardings = ([self.form.shardings[i] for i in self._consumes], window, None, None)
         return jax.jit(run, donate_argnums=0, out_shardings=out_shardings)
 

@@ -23,7 +23,7 @@ from functrain.update.microbatches import OfBatch, of_microbatches
 from functrain.update.options import Options, Settings
 from functrain.update.state import TrainState
 from functrain.update.telemetry import by_part
-from functrain.update.window import add_to_window, empty_like
+from functrain.update.window import empty_like
 
 After = Callable[[PyTree, Any, Any], tuple[PyTree, Any]]
 
@@ -97,6 +97,7 @@ class Step:
         `repeat`: the phase's steps on it before; `before`: the metrics of the losses of other phases on it, by phase.
         """
         grads, metrics, weight, model_state = self._gradients(state, batch, repeat, before)
+        grads, metrics, weight = self._united(grads, metrics, weight)
         value = functools.partial(self._value, state, batch, repeat, before)
         value_fn = ByPart({part: functools.partial(value, part) for part in self.parts})
         grads, weighed = self._operated(state, grads, metrics, repeat), Weighed(metrics, known(weight))
@@ -105,9 +106,9 @@ class Step:
     def add(self, state: TrainState, batch: Any) -> tuple[TrainState, Weighed]:
         """A batch that does not end its window: its gradients are added to what is pending."""
         grads, metrics, weight, model_state = self._gradients(state, batch)
-        window = add_to_window(state.window, grads, metrics, weight)
+        window = self.options.added(state.window, grads, metrics, weight)
         after = dataclasses.replace(_one_batch_more(state), window=window, model_state=model_state)
-        return after, Weighed(metrics, None)
+        return after, Weighed(self._united({}, metrics, weight)[1], None)
 
     def last(
         self, state: TrainState, batch: Any, settings: Settings | None, *, measured: bool
@@ -119,8 +120,9 @@ class Step:
     def flush(self, state: TrainState, settings: Settings | None, *, measured: bool) -> tuple[TrainState, Weighed]:
         """No batch: what is pending ends its window."""
         assert state.window is not None
-        grads, metrics = state.window.mean()
-        grads, weighed = self._operated(state, grads, metrics), Weighed(metrics, state.window.weight)
+        window = state.window.summed()
+        grads, metrics = window.mean()
+        grads, weighed = self._operated(state, grads, metrics), Weighed(metrics, window.weight)
         arguments = (state, grads, weighed, state.model_state, settings)
         return self._end(*arguments, measured=measured, value_fn=_none_of(self.options.accumulate))
 
@@ -149,12 +151,13 @@ class Step:
         def gradients(batch: Any, key: Any, model_state: Any) -> tuple[Any, Metrics, Any, Any]:
             context = Context(key, model_state, state.step, before)
             grads, loss, total = self.gradient(state.params, batch, context, scale)
-            grads = self.options.in_place(grads, self.parts)
+            if self.options.by_shard is None:
+                grads = self.options.in_place(grads, self.parts)
             self.see(loss)
             if self.options.by_loss:
                 total = self.objective.summed(loss.values, state.step)
             new = like_old(loss.model_state, model_state, "the model_state that the loss function returned", LossError)
-            if self.options.skips:
+            if self.options.skips and self.options.by_shard is None:  # Else no state may change.
                 finite = is_finite(grads) if self.options.by_loss else self.options.optim.finite({"": grads})[""]
                 new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, model_state)
             return grads, metrics_of(loss, total), loss.weight, new
@@ -191,11 +194,19 @@ class Step:
             value, loss = self.objective.of_batch(params, batch, context, part)
             return {}, value, loss.weight, loss.model_state
 
-        return self._of_slices(value, batch, self._key(state, repeat), state.model_state)[1]
+        found = self._of_slices(value, batch, self._key(state, repeat), state.model_state)
+        return self._united(*found[:3])[1]
 
     def _of_slices(self, of_batch: OfBatch, batch: Any, key: Any, model_state: Any) -> tuple[Any, Metrics, Any, Any]:
-        """`(gradients, metrics, weight, model_state)` of a batch, where there are microbatches from these."""
-        return of_microbatches(of_batch, batch, key, model_state, self.options.microbatches, self.options.optim.layout)
+        """`(gradients, metrics, weight, model_state)` of a batch or of each shard, of slices where there are any."""
+        by_shard = self.options.by_shard
+        of_slice = of_batch if by_shard is None else functools.partial(by_shard.of_batch, of_batch)
+        return of_microbatches(of_slice, batch, key, model_state, self.options)
+
+    def _united(self, grads: Any, metrics: Metrics, weight: Any) -> tuple[Any, Metrics, Any]:
+        """What `_of_slices` found, of all shards."""
+        by_shard = self.options.by_shard
+        return (grads, metrics, weight) if by_shard is None else by_shard.united(grads, metrics, weight)
 
     def _key(self, state: TrainState, repeat: int) -> Any:
         """The key of a batch: it follows from its number and the phase alone."""

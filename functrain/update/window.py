@@ -28,6 +28,8 @@ class Window:
       grads: `{part: {path: sum}}`, of the parts that its phase trains; float32 for 16-bit gradients.
       metrics: sums of the metrics, in float32 or wider.
       weight: the sum of the weights, a floating-point scalar.
+
+    With `reduce="window"` all have a leading axis, of the shards of the batches.
     """
 
     grads: Any
@@ -35,9 +37,13 @@ class Window:
     weight: Any
 
     def mean(self) -> tuple[Any, Any]:
-        """The weighted means of gradients and metrics: those of the union of the batches."""
+        """The weighted means of gradients and metrics: those of the union of the batches; of one of `summed`."""
         grads, metrics = Accumulated((self.grads, self.metrics), self.weight).mean()
         return grads, metrics
+
+    def summed(self) -> "Window":
+        """The window without an axis of shards: their sums."""
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), self) if jnp.ndim(self.weight) else self
 
 
 def add_to_window(window: Window | None, grads: Any, metrics: Any, weight: Any) -> Window:
