@@ -271,8 +271,15 @@ def _last_uses(jaxpr: Jaxpr) -> list[list[Any]]:
 
 def _knowns(values: Sequence[Any], sources: Iterable[str] = itertools.repeat("")) -> list[Known]:
     """The values, with what of each is not finite; one small array of it is fetched."""
-    floats = [i for i, value in enumerate(values) if _is_inexact(value)]
-    looks = dict(zip(floats, _looks([values[i] for i in floats]).tolist(), strict=True)) if floats else {}
+    # JAX takes none together of which some have explicit axes.
+    by_mesh: dict[Any, list[int]] = {}
+    for i, value in enumerate(values):
+        if _is_inexact(value):
+            by_mesh.setdefault(jax.typeof(value).sharding.mesh, []).append(i)
+    looks: dict[int, Any] = {}
+    for mesh, alike in by_mesh.items():
+        with jax.sharding.use_abstract_mesh(mesh):
+            looks |= dict(zip(alike, _looks([values[i] for i in alike]).tolist(), strict=True))
     return [
         Known(value, *looks.get(i, (False, False)))._replace(source=source)
         for i, (value, source) in enumerate(zip(values, sources, strict=False))
