@@ -1,8 +1,9 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer; they keep what they install in .venv.
 #
 #   make test              everything: lint, types, all tests. What to run before a change is handed on.
-#   make check ROOM=optim  in half a minute: lint, types, and of one room (tree, gradients, optim, update, auditing,
-#                          loop, cli) the examples in its docstrings and its tests, without those that are marked slow.
+#   make check ROOM=optim  in half a minute: lint, types, and of one room (tree, mesh, gradients, optim, update,
+#                          auditing, planning, loop, cli) the examples in its docstrings and its tests, without those
+#                          that are marked slow.
 #   make soak, make bench  runs attacked at every operation on files, laws drawn 160 to 600 times; what things cost.
 PYTHON ?= python3
 BIN = .venv/bin

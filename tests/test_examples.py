@@ -63,6 +63,22 @@ def test_many_seeds_learn_the_digits_each_in_its_own_way():
     assert min(map(float, each)) >= 0.8  # Chance is 0.1.
 
 
+def test_fsdp_trains_the_same_gpt_however_it_is_cut():
+    small = ("--steps", 20, "--width", 32, "--depth", 1)
+    cut, both = run("fsdp.py", *small), run("fsdp.py", *small, "--tensor", 2, "--zero")
+    ended = [
+        re.search(r"after 20 steps a character of other text costs (\d\.\d{3}) nats", out)[1] for out in (cut, both)
+    ]
+    assert abs(float(ended[0]) - float(ended[1])) <= 0.002
+    assert float(ended[0]) < 3.7  # log(128) is 4.85.
+    for shown in (
+        "**/qkv/kernel   P('data', None, 'tensor')",
+        "leaves reached of leaves",
+        "bytes a device  parameters",
+    ):
+        assert shown in cut
+
+
 # A dataset of one's own.
 
 
@@ -143,7 +159,7 @@ def test_no_example_imports_another(program):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_examples_are_short(program):
-    limit = 80 if program == "multiple_optimizers.py" else 120
+    limit = {"multiple_optimizers.py": 80, "fsdp.py": 150}.get(program, 120)
     assert len((EXAMPLES / program).read_text().splitlines()) < limit
 
 
