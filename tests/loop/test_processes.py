@@ -204,3 +204,44 @@ def test_the_record_of_several_processes_is_written_by_the_first_and_all_evaluat
     assert printed[0] == ["4 ['last']"] * 2
     assert [line[0] for line in printed[1]] == ["4", "4"]
     assert [path.name for path in tmp_path.glob("*/run.json")] == ["run.json"]
+
+
+@pytest.mark.slow
+def test_data_that_is_the_same_in_processes_which_hold_other_rows_is_told_and_examples_by_number_are_shared():
+    printed = together(
+        """
+        import grain
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        of_all = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+
+        def trained(data, **options):
+            options = {"sharding": jax.NamedSharding(mesh, jax.P("data")), "log": ft.Every(updates=1)} | options
+            result = ft.fit(update, update.init(of_all), data, epochs=1, progress=False, **options)
+            print(*(row["train/loss"] for row in result.history))
+
+        dataset = grain.MapDataset.source([{"x": x, "y": y} for x, y in zip(xs, ys)])
+        told(lambda: trained(dataset.batch(8)))
+        told(lambda: trained(dataset.batch(8), unroll=2))
+        loader = lambda shards: grain.DataLoader(
+            data_source=dataset, sampler=grain.samplers.IndexSampler(64, shards, num_epochs=1),
+            operations=[grain.transforms.Batch(8)],
+        )
+        told(lambda: trained(loader(grain.sharding.NoSharding())))
+        trained(loader(grain.sharding.ShardByJaxProcess()))
+        trained(dataset[process::2].batch(8))
+        trained([{"x": np.ones((8, 4), np.float32), "y": np.ones(8, np.float32)}])  # Rows that are alike say nothing.
+        trained(data)
+        trained(ft.from_source(dataset, 16, seed=1))
+        """,
+        processes=2,
+    )
+    assert printed[0] == printed[1]
+    *unshared, _, _, _, of_arrays, of_a_source = printed[0]
+    assert len(unshared) == 3
+    for line in unshared:
+        assert line.startswith(
+            "FitError each of 2 processes gave the same rows for a slice of its own: a batch would have them several"
+            " times, and the run an order that depends on how many there are. Give examples by number,"
+            " ft.from_source(dataset, batch_size), as of a grain.MapDataset before its batch: each process reads those"
+        )
+    assert of_a_source == of_arrays
