@@ -36,6 +36,7 @@ soak: .venv/.dev
 	SOAK=20 $(BIN)/pytest -q -n 2 tests/update/test_extra_arguments.py tests/loop/test_waiting.py
 	SOAK=2 $(BIN)/pytest -q -n 2 tests/update/test_layouts.py
 	SOAK=2 $(BIN)/pytest -q tests/loop/test_to_mlflow.py tests/loop/test_to_wandb.py tests/loop/test_start.py
+	SOAK=20 $(BIN)/pytest -q tests/loop/test_processes.py tests/loop/test_layouts_over_processes.py
 
 bench: .venv/.bench
 	$(BIN)/python benchmarks/partition.py

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from functrain.loop.record.record import Record
     from functrain.loop.run import Run
     from functrain.loop.signals import StopSignals
+    from functrain.loop.sources import from_source
     from functrain.loop.start import start
     from functrain.loop.sweep import Sweep, lr_sweep
     from functrain.loop.to_mlflow import MLflow
@@ -153,6 +154,7 @@ __all__ = [
     "fit",
     "flatten",
     "from_arrays",
+    "from_source",
     "from_tfds",
     "largest",
     "layout",
@@ -228,6 +230,7 @@ _LAZY = {
     "fit": "functrain.loop.fit",
     "flatten": "functrain.tree.paths",
     "from_arrays": "functrain.loop.data",
+    "from_source": "functrain.loop.sources",
     "from_tfds": "functrain.loop.data",
     "largest": "functrain.mesh.specs",
     "layout": "functrain.mesh.make",

@@ -36,7 +36,7 @@ def compile_for(
     if is_first:
         of_scan = 0 if scan is None else 1
         given = batch if scan is None else scan
-        check_sharers(given)
+        check_sharers(given, run.reader.data, axis=of_scan)
         run.batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[of_scan:], _dtype(leaf)), given)
     if scan is not None and _leaves_single(run, scan):
         run.compiled.add("batch")

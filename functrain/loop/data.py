@@ -14,17 +14,16 @@ if TYPE_CHECKING:
 
 from functrain.errors import DataError
 from functrain.loop.datasets import builder_of, source_of, stacked
-from functrain.loop.maps import BatchMap, ExampleMap
+from functrain.loop.maps import Batch, BatchMap, ExampleMap
 from functrain.loop.tensors import arrays_of
 from functrain.tree.warn import warn
 
-Batch: TypeAlias = dict[str, Any]
 Last: TypeAlias = Literal["keep", "drop", "pad"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The batches of a dataset, epoch by epoch; made by `from_arrays` and `from_tfds`.
+    """The batches of a dataset, epoch by epoch; made by `from_arrays`, `from_tfds`, `from_source`.
 
     >>> data = from_arrays({"x": np.arange(5)}, batch_size=2, seed=7)
     >>> [batch["x"].tolist() for batch in data.epoch(0)]
@@ -271,7 +270,7 @@ def from_arrays(
         processes=jax.process_count(),
         read_ahead=0,
     )
-    _tell_of_one_batch(data)
+    tell_of_one_batch(data)
     return data
 
 
@@ -331,11 +330,12 @@ def from_tfds(
         processes=jax.process_count(),
         read_ahead=4,
     )
-    _tell_of_one_batch(data)
+    tell_of_one_batch(data)
     return data
 
 
-def _tell_of_one_batch(data: Data) -> None:
+def tell_of_one_batch(data: Data) -> None:
+    """Warns of a batch size of more than all examples."""
     if data.last == "keep" and data.batch_size > data.examples:
         warn(
             f"batch_size={data.batch_size} of {data.examples} examples: an epoch is one batch of {data.examples}; write"

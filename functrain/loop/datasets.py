@@ -65,7 +65,6 @@ def stacked(name: str, values: list[Any], dtype: Any) -> Any:
             return array
         problem = "is text"
     raise DataError(
-        f"the feature {name!r} {problem}, and cannot be stacked to a batch; write a Grain pipeline of your own that"
-        " makes arrays of one shape of it, or leaves it out:"
-        " grain.MapDataset.source(builder.as_data_source(split)).map(...).batch(...)"
+        f"the feature {name!r} {problem}, and cannot be stacked to a batch; make arrays of one shape of it, or leave it"
+        " out: ft.from_source(grain.MapDataset.source(builder.as_data_source(split)).map(function), batch_size)"
     )

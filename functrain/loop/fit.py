@@ -129,7 +129,7 @@ def fit(
       sharding: where batches go, those of evaluations too; by default as the optimizer's layout says, without one as
         `jax.jit` has it. One for all arrays of a batch, of which those of fewer axes take the beginning, or a dict of
         them by name. Of several processes each reads the rows that its devices hold; data that is not `from_arrays`' or
-        `from_tfds`' gives these rows itself.
+        `from_tfds`' or `from_source`'s gives these rows itself.
       load_best_on_end: return the state of the best checkpoint, by its `keep_best`; of several, the name of one.
       regroup: take a checkpoint of other parts or optimizers, and print what became of their state; see
         `Checkpoints.restore`.

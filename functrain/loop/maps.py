@@ -1,9 +1,10 @@
 """Functions of examples and of batches, and the random numbers that each example has."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -11,6 +12,8 @@ import numpy as np
 from functrain.errors import DataError
 from functrain.loop.tensors import arrays_of
 from functrain.tree.paths import flatten
+
+Batch: TypeAlias = dict[str, Any]
 
 _NOT_NUMERIC = "OSUmM"  # Objects, text and times, by `dtype.kind`; V are the dtypes of JAX's own, such as bfloat16.
 
@@ -42,35 +45,10 @@ class ExampleMap:
         leaves, treedef = jax.tree.flatten(batch)
         examples = (jax.tree.unflatten(treedef, [leaf[i] for leaf in leaves]) for i in range(len(rows)))
         if "rng" not in _declared(self.function):
-            return self._stacked([arrays_of(self.function(example)) for example in examples])
+            return batch_of([self.function(example) for example in examples], self)
         rngs = _generators(seed, epoch, self.number, rows)
         drawn = zip(examples, rngs, strict=True)
-        return self._stacked([arrays_of(self.function(example, rng=rng)) for example, rng in drawn])
-
-    def _stacked(self, examples: list[Any]) -> Any:
-        for example in examples:
-            if not isinstance(example, Mapping):
-                raise DataError(f"{self}: it returned {example!r:.80}: return an example, a dict of arrays by name")
-        flat, treedefs = zip(*map(jax.tree.flatten, examples), strict=True)
-        for example, treedef in zip(examples, treedefs, strict=True):
-            if treedef != treedefs[0]:
-                one, other = [*flatten(examples[0])], [*flatten(example)]
-                raise DataError(f"{self}: it returned {one} of one example, {other} of another; return the same names")
-        paths, columns = flatten(examples[0]), zip(*flat, strict=True)
-        return jax.tree.unflatten(treedefs[0], map(self._column, paths, columns))
-
-    def _column(self, path: str, values: tuple[Any, ...]) -> np.ndarray:
-        arrays = [*map(np.asarray, values)]
-        kinds = dict.fromkeys((array.dtype, array.shape) for array in arrays)
-        if len(kinds) > 1:
-            one, other = (f"{dtype} {shape}" for dtype, shape in [*kinds][:2])
-            raise DataError(
-                f"{self}: {path!r} is {one} of one example and {other} of another, which make no batch; return"
-                " arrays of one shape and dtype, cropped, padded or cast"
-            )
-        if arrays[0].dtype.kind in _NOT_NUMERIC:
-            raise DataError(f"{self}: {path!r} is of dtype {arrays[0].dtype}; return numbers, or leave it out")
-        return np.stack(arrays)
+        return batch_of([self.function(example, rng=rng) for example, rng in drawn], self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +84,44 @@ class BatchMap:
                     " for each example"
                 )
         return made
+
+
+def batch_of(examples: list[Any], who: Any) -> Batch:
+    """Examples as one batch.
+
+    Args:
+      examples: dicts of arrays or numbers, one or more.
+      who: returned them, for messages.
+
+    Raises:
+      DataError: one is no such dict, or they differ in names, shapes or dtypes.
+    """
+    examples = [arrays_of(example) for example in examples]
+    for example in examples:
+        if not isinstance(example, Mapping):
+            raise DataError(f"{who}: it returned {example!r:.80}: return an example, a dict of arrays by name")
+    flat, treedefs = zip(*map(jax.tree.flatten, examples), strict=True)
+    for example, treedef in zip(examples, treedefs, strict=True):
+        if treedef != treedefs[0]:
+            one, other = [*flatten(examples[0])], [*flatten(example)]
+            raise DataError(f"{who}: it returned {one} of one example, {other} of another; return the same names")
+    columns = map(functools.partial(_column, who), flatten(examples[0]), zip(*flat, strict=True))
+    batch: Batch = jax.tree.unflatten(treedefs[0], columns)
+    return batch
+
+
+def _column(who: Any, path: str, values: tuple[Any, ...]) -> np.ndarray:
+    arrays = [*map(np.asarray, values)]
+    kinds = dict.fromkeys((array.dtype, array.shape) for array in arrays)
+    if len(kinds) > 1:
+        one, other = (f"{dtype} {shape}" for dtype, shape in [*kinds][:2])
+        raise DataError(
+            f"{who}: {path!r} is {one} of one example and {other} of another, which make no batch; return"
+            " arrays of one shape and dtype, cropped, padded or cast"
+        )
+    if arrays[0].dtype.kind in _NOT_NUMERIC:
+        raise DataError(f"{who}: {path!r} is of dtype {arrays[0].dtype}; return numbers, or leave it out")
+    return np.stack(arrays)
 
 
 def _generators(seed: int, epoch: int, number: int, rows: np.ndarray) -> Any:

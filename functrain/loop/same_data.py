@@ -10,7 +10,7 @@ from functrain.tree.warn import warn
 
 
 def described(data: Any) -> dict[str, Any] | None:
-    """What the batches of `from_arrays` and `from_tfds` follow from, for a checkpoint; None of other data.
+    """What the batches of `from_arrays` and the like follow from, for a checkpoint; None of other data.
 
     >>> import functrain as ft, numpy as np
     >>> described(ft.from_arrays({"x": np.arange(5)}, batch_size=2, seed=7))

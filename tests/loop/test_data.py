@@ -20,6 +20,7 @@ from sklearn import datasets
 
 from functrain.errors import DataError
 from functrain.loop.data import from_arrays, from_tfds
+from functrain.loop.sources import from_source
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -352,9 +353,12 @@ def test_a_feature_that_cannot_be_stacked_is_named_at_once(tmp_path, features, r
     with pytest.raises(DataError) as raised:
         from_tfds(builder, "train", 2)
     assert str(raised.value) == (
-        f"{problem}, and cannot be stacked to a batch; write a Grain pipeline of your own that makes arrays of one"
-        " shape of it, or leaves it out: grain.MapDataset.source(builder.as_data_source(split)).map(...).batch(...)"
+        f"{problem}, and cannot be stacked to a batch; make arrays of one shape of it, or leave it out:"
+        " ft.from_source(grain.MapDataset.source(builder.as_data_source(split)).map(function), batch_size)"
     )
+    source = grain.MapDataset.source(builder.as_data_source("train"))
+    for batch in from_source(source.map(lambda example: {"rows": np.int32(len(example))}), 2):
+        assert batch["rows"].tolist() == [len(features)] * len(records)
 
 
 def test_a_shape_that_changes_later_is_an_error_of_that_batch(tmp_path):

@@ -7,6 +7,7 @@ import textwrap
 import numpy as np
 import pytest
 import warm
+from soak import SOAK
 
 TOGETHER = """
     import sys
@@ -88,43 +89,55 @@ def test_a_batch_or_a_state_of_one_process_alone_is_refused_in_a_run_of_several(
     assert len(digest) == 32
 
 
-MESHES = [((2, 4), ("a", "b")), ((4, 2), ("a", "b")), ((2, 2, 2), ("a", "b", "c"))]
-
-
 @pytest.mark.slow
-def test_the_rows_of_all_processes_cover_a_batch_and_those_that_share_rows_read_the_same():
+@pytest.mark.parametrize("devices", [2, 4])
+def test_the_rows_of_all_processes_cover_a_batch_and_those_that_share_rows_read_the_same(devices):
+    """A law of meshes of one to three axes, whatever the order of their devices, and of specs of batches."""
     printed = together(
         f"""
+        import random, zlib
         from functrain.loop.batches import put, put_stacked
         from functrain.loop.shares import shared
         from functrain.mesh.shares import share_of
 
         whole = [next(iter(data.over((0,), 1))), next(data.over((0,), 1).epoch(1))]
-        for shape, names in {MESHES}:
-            mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
-            for rows in [None, *names, names, names[::-1], (names[-1], names[0])]:
-                for columns in [None] if rows and len(rows) > 1 else [None, *(each for each in names if each != rows)]:
-                    sharding = jax.NamedSharding(mesh, jax.P(rows, columns))
-                    share, mine = share_of(sharding), shared(data, sharding)
-                    given = [next(mine.epoch(0)), next(mine.epoch(1))]
-                    assert len(given[0]["x"]) * share.of == 16 * len(share.slices)
-                    batch, stacked = put(given[0], sharding), put_stacked(given, sharding)
-                    for name in ("x", "y"):
-                        assert batch[name].shape == whole[0][name].shape
-                        for shard in batch[name].addressable_shards:
-                            np.testing.assert_array_equal(shard.data, whole[0][name][shard.index])
-                        for shard in stacked[name].addressable_shards:
-                            expected = np.stack([each[name] for each in whole])[shard.index]
-                            np.testing.assert_array_equal(shard.data, expected)
-                    print(*share.slices, share.of)
+        shapes = {{8: [(8,), (2, 4), (4, 2), (1, 8), (2, 2, 2)], 16: [(16,), (4, 4), (2, 8), (2, 2, 4), (4, 1, 4)]}}
+        draw = random.Random({devices})  # All processes draw the same.
+        for _ in range({15 * SOAK}):
+            shape = draw.choice(shapes[jax.device_count()])
+            names = "abc"[:len(shape)]
+            grid = np.array(draw.choice([jax.devices(), draw.sample(jax.devices(), jax.device_count())]))
+            if draw.random() < 0.5:  # The axes in another order than the devices.
+                order = draw.sample(range(len(shape)), len(shape))
+                grid = grid.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
+            kinds = (jax.sharding.AxisType.Auto,) * len(shape)
+            mesh = jax.sharding.Mesh(grid.reshape(shape), (*names,), axis_types=kinds)
+            rows = (*draw.sample(names, draw.randint(0, len(names))),)
+            columns = draw.choice([None, *(name for name in names if name not in rows and mesh.shape[name] <= 4)])
+            sharding = jax.NamedSharding(mesh, jax.P(rows or None, columns))
+            share, mine = share_of(sharding), shared(data, sharding)
+            given = [next(mine.epoch(0)), next(mine.epoch(1))]
+            assert len(given[0]["x"]) * share.of == 16 * len(share.slices)
+            batch, stacked = put(given[0], sharding), put_stacked(given, sharding)
+            for name in ("x", "y"):
+                assert batch[name].shape == whole[0][name].shape
+                for shard in batch[name].addressable_shards:
+                    np.testing.assert_array_equal(shard.data, whole[0][name][shard.index])
+                for shard in stacked[name].addressable_shards:
+                    expected = np.stack([each[name] for each in whole])[shard.index]
+                    np.testing.assert_array_equal(shard.data, expected)
+            of_each = np.split(given[0]["x"], len(share.slices))
+            print(share.of, *(f"{{number}}:{{zlib.crc32(held)}}" for number, held in zip(share.slices, of_each)))
         """,
-        processes=4, devices=2,
+        processes=4, devices=devices,
     )  # fmt: skip
-    assert len({*map(len, printed)}) == 1
-    assert len(printed[0]) > 25
+    assert {*map(len, printed)} == {15 * SOAK}
     for line in zip(*printed, strict=True):
-        shares = [[*map(int, each.split())] for each in line]
-        assert {number for *slices, _ in shares for number in slices} == {*range(shares[0][-1])}
+        of = {each.split()[0] for each in line}
+        read = {piece for each in line for piece in each.split()[1:]}
+        # Each slice once, with one digest, whoever reads it.
+        assert sorted(int(piece.split(":")[0]) for piece in read) == [*range(int(of.pop()))]
+        assert not of
 
 
 def trained(processes, devices, shape):
@@ -204,3 +217,44 @@ def test_the_record_of_several_processes_is_written_by_the_first_and_all_evaluat
     assert printed[0] == ["4 ['last']"] * 2
     assert [line[0] for line in printed[1]] == ["4", "4"]
     assert [path.name for path in tmp_path.glob("*/run.json")] == ["run.json"]
+
+
+@pytest.mark.slow
+def test_data_that_is_the_same_in_processes_which_hold_other_rows_is_told_and_examples_by_number_are_shared():
+    printed = together(
+        """
+        import grain
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        of_all = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+
+        def trained(data, **options):
+            options = {"sharding": jax.NamedSharding(mesh, jax.P("data")), "log": ft.Every(updates=1)} | options
+            result = ft.fit(update, update.init(of_all), data, epochs=1, progress=False, **options)
+            print(*(row["train/loss"] for row in result.history))
+
+        dataset = grain.MapDataset.source([{"x": x, "y": y} for x, y in zip(xs, ys)])
+        told(lambda: trained(dataset.batch(8)))
+        told(lambda: trained(dataset.batch(8), unroll=2))
+        loader = lambda shards: grain.DataLoader(
+            data_source=dataset, sampler=grain.samplers.IndexSampler(64, shards, num_epochs=1),
+            operations=[grain.transforms.Batch(8)],
+        )
+        told(lambda: trained(loader(grain.sharding.NoSharding())))
+        trained(loader(grain.sharding.ShardByJaxProcess()))
+        trained(dataset[process::2].batch(8))
+        trained([{"x": np.ones((8, 4), np.float32), "y": np.ones(8, np.float32)}])  # Rows that are alike say nothing.
+        trained(data)
+        trained(ft.from_source(dataset, 16, seed=1))
+        """,
+        processes=2,
+    )
+    assert printed[0] == printed[1]
+    *unshared, _, _, _, of_arrays, of_a_source = printed[0]
+    assert len(unshared) == 3
+    for line in unshared:
+        assert line.startswith(
+            "FitError each of 2 processes gave the same rows for a slice of its own: a batch would have them several"
+            " times, and the run an order that depends on how many there are. Give examples by number,"
+            " ft.from_source(dataset, batch_size), as of a grain.MapDataset before its batch: each process reads those"
+        )
+    assert of_a_source == of_arrays
