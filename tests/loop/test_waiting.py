@@ -95,16 +95,16 @@ def test_a_second_signal_acts_at_once_also_while_the_first_one_is_acted_on(whole
     assert finished(tmp_path, "sleep") == whole("sleep")
 
 
-def test_the_workers_of_grain_are_ended_with_the_run(whole, tmp_path):
-    """They wait for far longer, and Grain waits 25 seconds for each of them."""
-    output, exit_code = stopped(tmp_path, "grain", signal.SIGTERM)
+def test_the_workers_of_grain_are_ended_with_the_run(tmp_path):
+    """They wait for far longer, and Grain waits 25 seconds for each of them. Each epoch starts two."""
+    output, exit_code = stopped(tmp_path, "grain", signal.SIGTERM, epochs=1)
     assert exit_code == 143
     workers = {int(line.split()[1]) for line in output.splitlines() if line.startswith("worker ")}
     assert len(workers) == 2
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
-    assert finished(tmp_path, "grain") == whole("grain")
+    assert finished(tmp_path, "grain", epochs=1) == finished(tmp_path / "whole", "grain", epochs=1)
 
 
 def test_a_function_of_examples_that_waits_on_a_thread_holds_no_process_up(whole, tmp_path):
