@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import platform
 import shutil
 import warnings
 from pathlib import Path
@@ -13,9 +14,12 @@ from s3 import proxy, s3, server  # noqa: F401
 from soak import SOAK
 
 # XLA's own passes, which decide what is fused, are as ever; the code of a fusion is emitted in the older way, and LLVM
-# works less on it. The tests, and the processes that they start, compare programs compiled alike, and most of their
-# time goes into compiling: half as much so. `make soak` compiles as users do.
-FLAGS = ["--xla_backend_optimization_level=1"]
+# does not optimize it. The tests, and the processes that they start, compare programs compiled alike, and most of their
+# time goes into compiling: a third as much so. A product and a sum are never one operation, as what LLVM makes one then
+# differs from one program to another. `make soak` compiles as users do.
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if platform.machine() == "x86_64":
+    FLAGS.append("--xla_cpu_max_isa=AVX")
 if jax.__version_info__ < (0, 11):  # Where XLA still has the older way.
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 if SOAK == 1:

@@ -12,7 +12,7 @@ from test_examples import EXAMPLES, run
 
 import functrain as ft
 
-EPOCHS = 5
+EPOCHS = 3
 
 
 def fit_digits(out):
@@ -81,7 +81,7 @@ def finetuned():
 
         patch.setattr(ft, "fit", kept, raising=False)
         patch.setattr("builtins.print", lambda text="", file=None, **_: file or printed.append(str(text)))
-        results = finetune.main([])
+        results = finetune.main(["--epochs", "10"])
     return results, "\n".join(printed), stages
 
 

@@ -1,6 +1,7 @@
 """The rooms of functrain: arrows between them go down, nothing is a circle, nothing is too large to read."""
 
 import ast
+import functools
 import graphlib
 import io
 import tokenize
@@ -25,19 +26,25 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 
+@functools.cache
+def names_in(text):
+    """What a file imports, for types and within functions too."""
+    nodes = [*ast.walk(ast.parse(text))]
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert not any(node.level for node in froms), "a relative import, which this test does not read"
+    names = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+    return names | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+
+
 def imports(house):
-    """`{module: modules that it imports}`, those for types and those within functions too."""
-    trees = {".".join(("functrain", *path.relative_to(house).with_suffix("").parts)): ast.parse(path.read_text())
+    """`{module: modules that it imports}`."""
+    texts = {".".join(("functrain", *path.relative_to(house).with_suffix("").parts)): path.read_text()
              for path in house.rglob("*.py")}  # fmt: skip
-    found = {}
-    for module, tree in trees.items():
-        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        names = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
-        names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        assert not any(node.level for node in froms), f"{module} has a relative import, which this test does not read"
-        found[module] = {each for name in names for each in (name, name.rpartition(".")[0], f"{name}.__init__")
-                         if each in trees and each != module}  # fmt: skip
-    return found
+    return {
+        module: {each for name in names_in(text) for each in (name, name.rpartition(".")[0], f"{name}.__init__")
+                 if each in texts and each != module}
+        for module, text in texts.items()
+    }  # fmt: skip
 
 
 def of(module, *floors):

@@ -22,6 +22,10 @@ def arena(tmp_path_factory, library):
     return lambda name: Arena(name, tmp_path_factory.mktemp(name), library)
 
 
+# Of an error that comes once and of one that lasts, one comes here; `python tests/attack` has both of each.
+LEFT_OUT = {"EIO, once", "ENOSPC, from then on", "EACCES, once", "ENOENT, from then on"}
+
+
 def attacks(arena):
     """All rows of the table, without those that there are none of here."""
     rows = at_operations(arena) | of_files(arena)
@@ -29,7 +33,8 @@ def attacks(arena):
 
 
 def test_nothing_of_a_run_is_lost_whatever_befalls_it(arena):
-    tried, rows = 0, attacks(arena("fit_victim"))
+    rows = attacks(arena("fit_victim"))
+    tried, rows = 0, {row: rows[row] for row in rows if row not in LEFT_OUT}
     for row, count, failed in sweep(rows, MOST):
         assert not failed, "\n".join([table.HEAD, table.line(row, count), *map(table.described, failed)])
         tried += count.total()

@@ -10,8 +10,9 @@ import time
 import urllib.request
 
 os.environ.update(
-    MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT="10"
-)
+    MLFLOW_DISABLE_TELEMETRY="true", MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT="10",
+    MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",  # Processes that the server has beside it.
+)  # fmt: skip
 
 
 class Server:

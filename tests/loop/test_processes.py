@@ -30,6 +30,9 @@ TOGETHER = """
     update = ft.make_update(loss_fn, optim)
     data = ft.from_arrays({{"x": xs, "y": ys}}, 16, seed=1)
 
+    def print(*words):  # Gloo prints too, from threads of its own, whose lines may be torn.
+        sys.stdout.write(f"printed: {{' '.join(map(str, words))}}\\n")
+
     def told(call):
         try:
             call()
@@ -47,7 +50,7 @@ def together(program, processes, devices=1):
     started = [warm.Process(text, port, process, processes) for process in range(processes)]
     ended = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0] * processes, ended
-    return [[line for line in output.splitlines() if not line.startswith("[Gloo]")] for output, _ in ended]
+    return [re.findall("printed: (.*)", output) for output, _ in ended]
 
 
 @pytest.mark.slow
@@ -169,7 +172,7 @@ def trained(processes, devices, shape):
 def test_a_mesh_of_data_and_model_over_four_processes_trains_and_evaluates_as_one_process_does():
     alone = trained(1, 8, (2, 4))
     assert len(alone) == 8 + 1 + 4
-    for processes, devices, shape in ((4, 2, (2, 4)), (4, 2, (8, 1)), (2, 4, (4, 2))):
+    for processes, devices, shape in ((4, 2, (2, 4)), (2, 4, (4, 2)), *[(4, 2, (8, 1))] * (SOAK > 1)):
         np.testing.assert_allclose(trained(processes, devices, shape), alone, rtol=2.5e-6)
 
 

@@ -137,6 +137,7 @@ def main():
     parser.add_argument("directory", type=Path)
     parser.add_argument("data", choices=[*WAITS, *PIPELINES])
     parser.add_argument("--waits", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--unroll", type=int, default=1)
     parser.add_argument("--prefetch", type=int, default=0)
     args = parser.parse_args()
@@ -150,7 +151,7 @@ def main():
     else:
         data = Data(WAITS[args.data] if args.waits else None)
     result = ft.fit(
-        update, update.init(params), data, epochs=EPOCHS, unroll=args.unroll, prefetch=args.prefetch,
+        update, update.init(params), data, epochs=args.epochs, unroll=args.unroll, prefetch=args.prefetch,
         hooks=[Told()],
         checkpoints=ft.Checkpoints(args.directory, every=ft.Every(updates=100)),
     )  # fmt: skip

@@ -236,12 +236,12 @@ def test_an_optimizer_that_asks_for_more_steps_to_the_bit_as_in_optax(run, name)
 @pytest.mark.parametrize("options", [{}] + [{"microbatches": 3}] * (SOAK > 1))
 def test_lbfgs_with_its_line_search_beside_an_adam_reaches_the_optimum_of_scikit_learn(options):
     digits = load_digits()
-    x, y = digits.data / 16.0, digits.target  # 1,797 examples: a multiple of 3.
+    x, y = digits.data[:600] / 16.0, digits.target[:600]  # A multiple of 3.
     known = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(x, y)
 
     def objective(kernel, bias, x, y):
         losses = optax.softmax_cross_entropy_with_integer_labels(x @ kernel + bias, y)
-        return losses.mean() + 0.5 * jnp.sum(kernel**2) / len(digits.target)
+        return losses.mean() + 0.5 * jnp.sum(kernel**2) / 600
 
     def loss(params, batch):
         value = objective(**params["logistic"], **batch)

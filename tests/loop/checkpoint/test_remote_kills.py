@@ -12,7 +12,7 @@ from soak import SOAK, in_soak
 import functrain as ft
 from functrain.loop.remote.store import Store
 
-KILLS = 2 * SOAK
+KILLS = SOAK
 SAFETY = 120  # Seconds after which a process hangs.
 
 RUN = """
