@@ -197,6 +197,59 @@ def test_collectives_flops_and_memory_are_those_of_a_step_by_hand(name):
         assert abs(getattr(memory[0], kind) - getattr(memory[1], kind)) <= 64
 
 
+# Adapters on a frozen backbone.
+
+
+def with_adapters(spec, **options):
+    """An update of low-rank adapters, with the kernels beneath them frozen and cut as is said."""
+    keys = jax.random.split(jax.random.key(1), 8)
+    params = {
+        f"layer{i}": {
+            "kernel": jax.random.normal(keys[2 * i], (32, 32)) / 6,
+            "lora": {"a": jax.random.normal(keys[2 * i + 1], (32, 4)) / 6, "b": jnp.zeros((4, 32))},
+        }
+        for i in range(4)
+    }
+
+    def loss(params, batch):
+        x = jnp.concatenate([batch["x"], batch["x"]], axis=1)
+        for layer in params.values():
+            x = jnp.tanh(x @ layer["kernel"] + x @ layer["lora"]["a"] @ layer["lora"]["b"])
+        return jnp.mean((x[:, :8] - batch["y"]) ** 2)
+
+    layout = None if spec is None else ft.layout(params, mesh(), {"**/kernel": spec, ...: P()}, batch=P("data"))
+    parts = ft.partition(params, {"lora": "**/lora", "backbone": ...})
+    optim = ft.Optimizer(parts, {"lora": optax.sgd(0.1), "backbone": ft.FROZEN}, layout=layout)
+    return ft.make_update(loss, optim, **options), params
+
+
+def test_adapters_learn_on_a_backbone_of_which_each_device_has_a_share():
+    def losses(spec):
+        update, params = with_adapters(spec)
+        state, found = update.init(params), []
+        for batch in BATCHES[:4]:
+            state, metrics = update(state, batch)
+            found.append(float(metrics["loss"]))
+        return found, state
+
+    found, state = losses(P("data", "model"))
+    np.testing.assert_allclose(found, losses(None)[0], rtol=2.5e-6)
+    for layer in state.params.values():
+        assert share(layer["kernel"]) * 8 == layer["kernel"].nbytes
+    assert "backbone" not in state.opt_state
+
+
+def test_a_frozen_backbone_is_gathered_where_it_is_cut_and_nowhere_else():
+    def kinds(spec, **options):
+        update, params = with_adapters(spec, **options)
+        compiled = update.lower(update.abstract(params), BATCHES[0]).compile()
+        return {(kind, shape) for kind, shape in collectives(compiled) if "32,32" in shape or kind != "all-reduce"}
+
+    assert kinds(P(), microbatches=2) == set()
+    gathered = kinds(P("data", None))
+    assert {kind for kind, _ in gathered} == {"all-gather"}  # No gradient of it is reduced.
+
+
 # Meshes whose axes are a part of types.
 
 
