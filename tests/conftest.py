@@ -28,10 +28,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-# New examples are for those who develop; a change is judged by the same ones every time.
-hypothesis.settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("ci")
+# No test asserts a time. New examples are for those who develop; a change is judged by the same ones every time.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("tests")
 
 HERE = Path(__file__).parent
 COMPILED = 2**28  # Bytes of compiled programs that are kept; a session of all tests has a tenth of it.

@@ -178,7 +178,6 @@ FLOATS = st.floats(-1000, 1000, width=32).map(lambda value: value if abs(value) 
 VECTORS = st.lists(FLOATS, min_size=5, max_size=5).map(lambda values: np.array(values, np.float32))
 
 
-@hypothesis.settings(deadline=None)
 @hypothesis.given(VECTORS, VECTORS)
 def test_after_pcgrad_no_gradient_points_against_the_other(example, a, b):
     projected = example("multi_loss").pcgrad({"a": jnp.asarray(a), "b": jnp.asarray(b)})

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import functrain as ft
 
-quick = settings(deadline=None, max_examples=60)
+quick = settings(max_examples=60)
 
 
 class Pair(NamedTuple):

@@ -92,7 +92,7 @@ def losses_of(program):
 
 
 @pytest.mark.slow
-@settings(max_examples=8 * SOAK, deadline=None)
+@settings(max_examples=8 * SOAK)
 @given(programs())
 def test_a_leaf_is_reached_if_its_gradient_is_not_zero(program):
     losses = losses_of(program)

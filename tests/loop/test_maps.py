@@ -10,7 +10,7 @@ import optax
 import pytest
 import runs
 import tensorflow_datasets as tfds
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import functrain as ft
@@ -45,7 +45,6 @@ def test_a_function_of_an_example_is_called_with_each_without_its_leading_axis()
     }
 
 
-@settings(deadline=None)
 @given(
     n=st.integers(1, 30),
     share=st.integers(1, 9),

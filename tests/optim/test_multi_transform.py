@@ -104,7 +104,7 @@ def optax_transform(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@settings(deadline=None, max_examples=8 * SOAK)
+@settings(max_examples=8 * SOAK)
 @given(case=cases())
 def test_steps_give_what_multi_transform_gives_to_the_bit(jit, case):
     transforms = {part: optax_transform(kind) for part, kind in case.kinds.items()}
@@ -114,7 +114,7 @@ def test_steps_give_what_multi_transform_gives_to_the_bit(jit, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@settings(deadline=None, max_examples=8 * SOAK)
+@settings(max_examples=8 * SOAK)
 @given(case=cases())
 def test_steps_give_what_each_transform_alone_gives_on_its_part_to_the_bit(jit, case):
     after = case.parts.split(run(case, jit))

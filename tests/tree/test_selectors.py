@@ -253,7 +253,7 @@ brackets = st.builds("[{}{}]".format, st.sampled_from(["", "!", "^", "]", "!]"])
 patterns = st.lists(st.sampled_from([*SPECIAL, "*", "?"]) | brackets, max_size=3).map("".join)
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(max_examples=1000)
 @given(st.lists(patterns | names | st.just("**"), min_size=1, max_size=4), st.lists(names, min_size=1, max_size=4))
 @example(["[]"], ["[]"])
 @example(["[!]"], ["[!]"])
@@ -264,7 +264,7 @@ def test_a_string_matches_segment_by_segment_as_fnmatch_does(selector, path):
     assert matcher("/".join(selector))("/".join(path), None) == simple_match(selector, path)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(brackets)
 def test_a_bracket_takes_the_characters_that_it_takes_in_fnmatch(bracket):
     characters = [*"abcd-!^[]&\\", ""]
