@@ -1,5 +1,6 @@
 """Several processes: how they begin to know each other, and how all of them end when one does."""
 
+import atexit
 import contextlib
 import os
 import re
@@ -15,8 +16,8 @@ import jax
 from functrain.errors import StartError
 from functrain.tree.text import aligned, listed
 
-_KEY = "functrain/failed"
-_LOOK = 0.5  # Seconds between two looks whether another process has failed.
+_KEY, _ENDED = "functrain/failed", "functrain/ended"
+_LOOK, _LAST_LOOK = 0.5, 0.1  # Seconds between two looks whether another process has failed; or has ended too.
 # What a collective says whose other side is gone.
 _LOST = re.compile("gloo|nccl|closed by peer|connection reset|coordination", re.IGNORECASE)
 _JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -95,19 +96,42 @@ def end_together() -> None:
 
     failed.of_functrain = True  # type: ignore[attr-defined]
     sys.excepthook = failed
-    threading.Thread(target=_watch, args=(client, ends), name="functrain-others", daemon=True).start()
+    watcher = threading.Thread(target=_watch, args=(client, ends), name="functrain-others", daemon=True)
+    watcher.start()
+    atexit.register(_end, client, watcher, ends)
 
 
 def _watch(client: Any, ends: threading.Event) -> None:
-    while not ends.wait(_LOOK):
-        try:
-            told = client.key_value_try_get(_KEY)
-        except Exception as error:
-            if "NOT_FOUND" in str(error):
-                continue
-            return  # The service has ended; JAX's own heartbeat tells.
-        print(f"ended, as {told}", file=sys.stderr, flush=True)
-        _leave(1)
+    with contextlib.suppress(Exception):  # The service has ended; JAX's own heartbeat tells.
+        while not ends.wait(_LOOK):
+            _look(client)
+
+
+def _end(client: Any, watcher: threading.Thread, ends: threading.Event) -> None:
+    """Waits at the end of a program for those of the others, as JAX does after it.
+
+    No thread may look then: Python, as it ends, takes away one that returns from JAX, which aborts the process.
+    """
+    ends.set()
+    watcher.join()
+    with contextlib.suppress(Exception):
+        count = client.key_value_increment(_ENDED, 1)
+        while count < jax.process_count():
+            time.sleep(_LAST_LOOK)
+            _look(client)
+            count = int(client.key_value_try_get(_ENDED))
+
+
+def _look(client: Any) -> None:
+    """Ends this process if another one has failed."""
+    try:
+        told = client.key_value_try_get(_KEY)
+    except Exception as error:
+        if "NOT_FOUND" in str(error):
+            return
+        raise
+    print(f"ended, as {told}", file=sys.stderr, flush=True)
+    _leave(1)
 
 
 def _leave(code: int) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from soak import in_soak
+import warm
+from soak import SOAK, in_soak
 
 import functrain as ft
 from functrain.errors import StartError
@@ -86,6 +87,37 @@ def test_all_processes_end_when_one_is_killed():
     assert all(code not in (0, None) for code in codes)
     assert seconds < 30
     assert "lost another one" in errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("last", "look"), [("ends", 0), ("raises", 0.5)])
+def test_those_that_end_first_wait_for_the_last_and_end_with_its_code(last, look):
+    """As it looks all the time, a thread would be within JAX as Python ends, which aborts the process."""
+    program = """
+        import sys, time
+        import jax
+        import functrain as ft
+        import functrain.loop.start
+
+        port, process, last, look = sys.argv[1:]
+        functrain.loop.start._LOOK = float(look)
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        ft.start(f"127.0.0.1:{port}", processes=3, process=int(process))
+        if process == "2":
+            time.sleep(1)
+            if last == "raises":
+                raise ValueError("broken at last")
+    """
+    for _ in range(3 * SOAK):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        started = [warm.Process(textwrap.dedent(program), port, process, last, look) for process in range(3)]
+        errors = [process.communicate(timeout=120)[1] for process in started]
+        assert [process.returncode for process in started] == [int(last == "raises")] * 3, errors
+        told = "ended, as process 2 of 3 failed: ValueError: broken at last"
+        assert [told in each for each in errors] == [last == "raises"] * 2 + [False]
 
 
 def test_a_process_that_no_launcher_started_is_alone(monkeypatch):
