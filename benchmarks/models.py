@@ -100,6 +100,16 @@ def trivial() -> Model:
     return Model(params, loss, jnp.float32(2.0), {f"part{i}": f"stack{i}" for i in range(5)})
 
 
+def vectors(count: int, length: int) -> Model:
+    """Hardly any arithmetic, and one product of rows, which can be cut over devices."""
+    params = {f"w{i:03}": jnp.ones(length) for i in range(count)}
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        return jnp.mean((batch @ sum(params.values())) ** 2)
+
+    return Model(params, loss, jnp.ones((length, length)), {"all": ...})
+
+
 MODELS: dict[str, Callable[[], Model]] = {
     "MLP": mlp,
     "transformer, 126 tiny leaves": lambda: transformer(8, 10, tokens=8, batch_size=4, vocabulary=32),

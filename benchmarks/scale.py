@@ -4,26 +4,45 @@ python benchmarks/scale.py [name ...]      # all tables, or those named
 """
 
 import argparse
-import re
+import concurrent.futures
+import gc
+import multiprocessing
+import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
 import optax.contrib
 from harness import machine, measure, print_table
-from models import Model, transformer
+from laid_out import (
+    Candidate,
+    by_hand,
+    bytes_on_a_device,
+    collectives,
+    data_mesh,
+    stepping,
+    update_over,
+    updating,
+)
+from models import Model, transformer, vectors
 from steps import copied, optimizer, window_by_hand
 
 import functrain as ft
 
 DEVICES = 8
-_WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
 
 
 def main() -> None:
-    tables: dict[str, Callable[[], None]] = {"muon": muon, "window": window, "microbatches": microbatches}
+    tables: dict[str, Callable[[], None]] = {
+        "muon": muon,
+        "window": window,
+        "microbatches": microbatches,
+        "norm": norm,
+        "dispatch": dispatch,
+        "compile": compile_times,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", choices=[*tables, []], help="which tables to make")
     jax.config.update("jax_platforms", "cpu")
@@ -31,51 +50,6 @@ def main() -> None:
     print(machine())
     for name in parser.parse_args().tables or tables:
         tables[name]()
-
-
-class Candidate(NamedTuple):
-    """A compiled step that goes on from where it is, and what is known of it."""
-
-    run: Callable[[], Any]
-    compiled: Any
-    seconds: float
-    state_bytes: int
-
-
-def data_mesh() -> Any:
-    return jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-
-def stepping(step: Any, state: Any, batch: Any, state_bytes: int) -> Candidate:
-    """A candidate of `step(state, batch) -> (state, loss)`, jitted and donating."""
-    start = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
-    seconds = time.perf_counter() - start
-    here = state
-
-    def run() -> Any:
-        nonlocal here
-        here, loss = compiled(here, batch)
-        return loss
-
-    return Candidate(run, compiled, seconds, state_bytes)
-
-
-def bytes_on_a_device(tree: Any) -> int:
-    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def collectives(compiled: Any) -> tuple[int, float]:
-    """How many collectives a program has, and the bytes that they give each device."""
-    count, total = 0, 0.0
-    for shapes in re.findall(r"= (.*?) (?:all-[a-z-]+|reduce-scatter|collective-[a-z-]+)\(", compiled.as_text()):
-        count += 1
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
-            size = _WIDTHS.get(dtype, 4)
-            for each in filter(None, dims.split(",")):
-                size *= int(each)
-            total += size
-    return count, total
 
 
 # Muon.
@@ -102,19 +76,7 @@ def muon_updated(model: Model, mesh: Any, *, stacks: bool, zero: str | None) -> 
     tx = optax.contrib.muon(0.02)
     tx = ft.stacked(tx, layout) if stacks else tx
     optim = ft.Optimizer(ft.partition(model.params, {"all": ...}), {"all": tx}, layout=layout)
-    update = ft.make_update(model.loss, optim)
-    batch = layout.batch(model.batch)
-    start = time.perf_counter()
-    compiled = update.lower(update.abstract(model.params), batch).compile()
-    seconds = time.perf_counter() - start
-    here = update.init(model.params)
-
-    def run() -> Any:
-        nonlocal here
-        here, metrics = update(here, batch)
-        return metrics["loss"]
-
-    return Candidate(run, compiled, seconds, bytes_on_a_device(here.opt_state))
+    return updating(ft.make_update(model.loss, optim), model.params, layout.batch(model.batch))
 
 
 def muon() -> None:
@@ -202,7 +164,7 @@ def microbatches() -> None:
     layout = ft.layout(model.params, mesh, {...: jax.P()}, batch=jax.P("data"))
     batch, plain = layout.batch(model.batch), optimizer(model)
 
-    def by_hand(state: Any, batch: Any) -> Any:
+    def in_slices(state: Any, batch: Any) -> Any:
         def add(total: Any, rows: Any) -> Any:
             loss, grads = jax.value_and_grad(model.loss)(state[0], rows)
             return jax.tree.map(jax.numpy.add, total, grads), loss
@@ -213,23 +175,110 @@ def microbatches() -> None:
         return plain.step(state[0], grads, state[1]), losses.mean()
 
     params = layout.put(copied(model.params))
-    jitted = jax.jit(by_hand, donate_argnums=0, out_shardings=jax.NamedSharding(mesh, jax.P()))
+    jitted = jax.jit(in_slices, donate_argnums=0, out_shardings=jax.NamedSharding(mesh, jax.P()))
     hand = stepping(jitted, (params, plain.init(params)), batch, 0)
     update = ft.make_update(model.loss, ft.Optimizer(plain.parts, plain.transforms, layout=layout), microbatches=count)
-    compiled = update.lower(update.abstract(model.params), batch).compile()
-    here = update.init(model.params)
-
-    def run() -> Any:
-        nonlocal here
-        here, metrics = update(here, batch)
-        return metrics["loss"]
-
-    ratios = measure({"by hand": hand.run, "microbatches=8": run}, rounds=9, calls=1)
+    ours = updating(update, model.params, batch)
+    ratios = measure({"by hand": hand.run, "microbatches=8": ours.run}, rounds=9, calls=1)
     rows = [("64 rows in 8 slices", "time", "FLOPs", "collectives in the program")]
-    for name, program in (("by hand", hand.compiled), ("microbatches=8", compiled)):
+    for name, program in (("by hand", hand.compiled), ("microbatches=8", ours.compiled)):
         flops = program.cost_analysis()["flops"] / hand.compiled.cost_analysis()["flops"]
         rows.append((name, f"{ratios[name]:.2f}", f"{flops:.2f}", f"{collectives(program)[0]}"))
     print_table(f"A transformer of 4 layers, data parallel; by hand {ratios['seconds'] * 1e3:.0f} ms", rows)
+
+
+# One collective for a norm.
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "FSDP": {"rules": {...: ft.largest("data")}},
+    "ZeRO": {"rules": {...: jax.P()}, "zero": "data"},
+    "data parallel": {"rules": {...: jax.P()}},
+}
+
+
+def laid_out(model: Model, name: str) -> ft.Layout:
+    return ft.layout(model.params, data_mesh(), batch=jax.P("data"), **LAYOUTS[name])
+
+
+def norm() -> None:
+    model = transformer(64, 10, tokens=16, batch_size=16, vocabulary=64)
+    rows = [("126 leaves, clipped", "time", "all-reduces", "of by hand", "(by hand)")]
+    for name in ("FSDP", "ZeRO"):
+        layout = laid_out(model, name)
+        batch, hand = layout.batch(model.batch), by_hand(model, layout, clip_norm=1.0)
+        first = stepping(hand.jitted, hand.state(model.params), batch, 0)
+        ours = updating(update_over(model, layout, clip_norm=1.0), model.params, batch)
+        ratios = measure({"by hand": first.run, "update": ours.run}, rounds=9, calls=1)
+        counts = (f"{collectives(each.compiled, 'all-reduce')[0]}" for each in (ours, first))
+        rows.append((name, f"{ratios['update']:.2f}", *counts, f"{ratios['seconds'] * 1e3:.0f} ms"))
+    print_table("clip_norm over a layout, as a ratio to optax.global_norm in a step by hand", rows)
+
+
+# What a call costs the host.
+
+
+def dispatch() -> None:
+    model = vectors(126, DEVICES)
+    rows = [("126 leaves of 8 numbers", "update", "(by hand)")]
+    for name in ("data parallel", "FSDP"):
+        layout = laid_out(model, name)
+        batch, hand, update = layout.batch(model.batch), by_hand(model, layout), update_over(model, layout)
+        by_name = {"by hand": called(hand.jitted, hand.state(model.params), batch)}
+        by_name["update"] = called(update, update.init(model.params), batch)
+        ratios = measure(by_name, rounds=31, calls=10, host=True)
+        rows.append((name, f"{ratios['update']:.2f}", f"{ratios['seconds'] * 1e3:.1f} ms"))
+    print_table("The processor time of the thread that calls, as a ratio to that of the step by hand, jitted", rows)
+
+
+def called(step: Any, state: Any, batch: Any) -> Callable[[], Any]:
+    here = state
+
+    def run() -> Any:
+        nonlocal here
+        here, found = step(here, batch)
+        return found
+
+    return run
+
+
+# How long a program takes to be there.
+
+
+def compile_times() -> None:
+    rows = [("devices", "time", "processor time", "(by hand)")]
+    for count in (1, DEVICES, 64, 256):
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            wall, processor, seconds = process.submit(compile_ratios, count).result()
+        rows.append((f"{count}", f"{wall:.2f}", f"{processor:.2f}", f"{seconds:.1f} s of the processor"))
+    print_table("FSDP, one layer: trace and compile, as a ratio to the step by hand", rows)
+
+
+def compile_ratios(devices: int, rounds: int = 3) -> tuple[float, float, float]:
+    """In a process of its own: of time, of processor time, and the processor's seconds for the step by hand."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    model = transformer(256, 1, tokens=16, batch_size=256, vocabulary=256)
+    layout = laid_out(model, "FSDP")
+    batch, found = layout.batch(model.batch), []
+    for number in range(rounds + 1):
+        hand, update = by_hand(model, layout), update_over(model, layout)
+        steps = [(hand.jitted, hand.abstract(model.params)), (update, update.abstract(model.params))]
+        if number == 0:  # What Python and JAX do once for both.
+            for step, state in steps:
+                step.lower(state, batch)
+            continue
+        turned = slice(None, None, -1 if number % 2 else 1)
+        found.append([seconds_to_compile(step, state, batch) for step, state in steps[turned]][turned])
+    wall, processor = (statistics.median(ours[i] / first[i] for first, ours in found) for i in (0, 1))
+    return wall, processor, statistics.median(first[1] for first, _ in found)
+
+
+def seconds_to_compile(step: Any, state: Any, batch: Any) -> tuple[float, float]:
+    jax.clear_caches()
+    gc.collect()
+    start = time.perf_counter(), time.process_time()
+    step.lower(state, batch).compile()
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 if __name__ == "__main__":
