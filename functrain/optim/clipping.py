@@ -76,6 +76,8 @@ def clipped(
       by: of what it is the norm. With "all" every part has the same.
       norms_of: from split trees by any name to their norms.
     """
+    if not grads:
+        return {}
     if by == "all":
         groups: dict[Any, Split] = {"all": {part: dict(flat) for part, flat in grads.items()}}
     elif by == "part":
