@@ -299,3 +299,28 @@ def test_a_gradient_that_is_not_finite_on_one_device_alone_is_skipped_on_all():
     assert (int(metrics["skipped"]), {part: bool(is_not) for part, is_not in metrics["nonfinite"].items()}) == (
         1, {"head": True, "body": False},
     )  # fmt: skip
+
+
+def test_a_state_that_is_adopted_lies_where_the_new_layout_has_it_on_other_devices_too():
+    fewer = jax.make_mesh((2, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:2])
+    layouts = [layout_of("data"), layout_of("host"), layout_of("both"), layout_of("fsdp", fewer)]
+    updates = [ft.make_update(loss_fn, optimizer_of(each), ema=0.9) for each in layouts]
+    state = updates[0].init(start(), key=jax.random.key(0))
+    for before, update, batch in zip([updates[0], *updates], updates, BATCHES, strict=False):
+        state, report = update.adopt(before, state)
+        assert not report.anew.get("body")
+        assert all(jax.tree.leaves(jax.tree.map(lies_as, shardings(state), shardings(update.init(start())))))
+        state, _ = update(state, batch)
+    one = ft.make_update(loss_fn, optimizer_of(None), ema=0.9)
+    expected = one.init(start())
+    for batch in BATCHES[:4]:
+        expected, _ = one(expected, batch)
+    for path, leaf in ft.flatten(expected.params).items():
+        np.testing.assert_allclose(ft.flatten(state.params)[path], leaf, atol=1e-5)
+
+
+def test_adoption_keeps_what_is_cut_further_and_on_the_host_in_its_place():
+    optim, params = optimizer_of(layout_of("host")), layout_of("host").put(start())
+    opt_state, _ = optim.adopt(optim, optim.init(params), params)
+    moment = opt_state["body"][0].mu["body/kernel"].sharding
+    assert (moment.memory_kind, moment.spec) == ("pinned_host", layout_of("host").of_state("body/kernel").spec)
