@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import UpdateError
-from functrain.mesh.layout import Layout
+from functrain.mesh.layout import Layout, written
 from functrain.optim.adoption import Adoption
 from functrain.tree.arrays import as_array, committed_sharding, placed, replicated_over, shortest
 from functrain.tree.paths import PyTree, flatten
 from functrain.tree.text import listed
+from functrain.tree.warn import warn
 from functrain.update.ema import adopted_ema
 from functrain.update.options import Options
+from functrain.update.packed import as_it_was
 from functrain.update.state import TrainState
 
 
@@ -144,6 +146,32 @@ def adopted_state(
             ema = jax.device_put(ema, _places(options, options.optim.layout, state.params)["ema"])
     new = dataclasses.replace(state, opt_state=opt_state, scale_state=scale_state, ema=ema, configuration=configuration)
     return new, report
+
+
+def warn_elsewhere(options: Options, state: TrainState) -> None:
+    """Warns of a state that lies elsewhere than the layout of its update says, as one of another layout does."""
+    layout = options.optim.layout
+    if layout is None:
+        return
+    there = as_it_was(state)
+    held = flatten({"params": there.params, "opt_state": there.opt_state, "ema": there.ema})
+    for path, place in flatten(_places(options, layout, there.params)).items():
+        lies, dimensions = committed_sharding(held.get(path)), len(getattr(held.get(path), "shape", ()))
+        if lies is not None and not lies.is_equivalent_to(place, dimensions):
+            warn(
+                f"the state's {path!r} lies in {_in_words(lies)}, and the layout of the optimizer has it in"
+                f" {_in_words(place)}: it stays where it is, and each update moves it there and back. Bring the state"
+                " to its place, state, report = update.adopt(update, state), and a checkpoint by"
+                " restore(like=update.abstract(params))"
+            )
+            return
+
+
+def _in_words(sharding: Any) -> str:
+    if not isinstance(sharding, jax.NamedSharding):
+        return str(sharding)
+    mesh = " x ".join(f"{axis} {size}" for axis, size in sharding.mesh.shape.items())
+    return f"{written(sharding.spec)} over {mesh}, memory {sharding.memory_kind!r}"
 
 
 def _places(options: Options, layout: Layout, params: PyTree) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -324,3 +325,23 @@ def test_adoption_keeps_what_is_cut_further_and_on_the_host_in_its_place():
     opt_state, _ = optim.adopt(optim, optim.init(params), params)
     moment = opt_state["body"][0].mu["body/kernel"].sharding
     assert (moment.memory_kind, moment.spec) == ("pinned_host", layout_of("host").of_state("body/kernel").spec)
+
+
+def test_a_state_of_another_layout_is_warned_of_once_and_adoption_brings_it_to_its_place():
+    optims = (optimizer_of(layout_of(name)) for name in ("data", "zero"))
+    of_data, of_zero = (ft.make_update(loss_fn, optim, accumulate=2) for optim in optims)
+    state = of_data.init(start())
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for batch in BATCHES[:4]:
+            state, _ = of_zero(state, batch)
+    (told,) = [str(each.message) for each in warned]
+    assert "the state's 'opt_state/body/0/mu/body/bias' lies in P() over data 4 x model 2, memory 'device', and" in told
+    assert "has it in P('data') over data 4 x model 2, memory 'device': it stays" in told
+    assert "state, report = update.adopt(update, state)" in told
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state, _ = of_zero.adopt(of_zero, state)
+        for batch in BATCHES[:2]:
+            state, _ = of_zero(state, batch)
+    assert state.opt_state["body"][0].mu["body/kernel"].sharding.spec == layout_of("zero").of_state("body/kernel").spec
