@@ -12,7 +12,7 @@ import numpy as np
 
 from functrain.errors import LayoutError, PartitionError
 from functrain.mesh.constraints import brought
-from functrain.mesh.shares import Shardings, after_one_axis, each_with, put
+from functrain.mesh.shares import Shardings, after_one_axis, check_divided, each_with, put
 from functrain.mesh.specs import Largest, axes_in, axes_of, cut_further, size_of
 from functrain.tree.arrays import is_array, placed
 from functrain.tree.paths import Flat, PyTree, check_paths, flatten
@@ -118,7 +118,11 @@ class Layout:
         return jax.tree.unflatten(jax.tree.structure(tree), [self._abstract(path, leaf) for path, leaf in flat.items()])
 
     def batch(self, batch: Any) -> Any:
-        """A batch on its devices; of several processes each gives the rows that its devices hold."""
+        """A batch on its devices; of several processes each gives the rows that its devices hold.
+
+        Raises:
+          LayoutError: a dimension that the spec does not divide; other names than those of `batch=`.
+        """
         return put(batch, self.batch_shardings)
 
     def constrained(self, batch: Any, *, stacked: bool = False) -> Any:
@@ -131,12 +135,7 @@ class Layout:
         def one(leaf: Any, here: Any) -> Any:
             if stacked:
                 here = after_one_axis(here, leaf.ndim)
-            for number, axes in enumerate(map(axes_of, here.spec)):
-                if leaf.shape[number] % (count := size_of(self.mesh, axes)):
-                    raise LayoutError(
-                        f"a leaf of the batch has the shape {leaf.shape}, of which {listed(axes)} of {count} does not"
-                        f" divide dimension {number}: give batches of a multiple of {count} rows"
-                    )
+            check_divided(leaf, here)
             return brought(leaf, here)
 
         return each_with(one, self.batch_shardings, batch)

@@ -136,6 +136,22 @@ def test_a_batch_that_the_axis_does_not_divide_is_told():
         update(update.init(start()), jax.tree.map(lambda leaf: leaf[:30], BATCHES[0]))
 
 
+@pytest.mark.parametrize(("examples", "batch_size", "last"), [(76, 32, "keep"), (64, 30, "drop"), (64, 30, "pad")])
+def test_a_run_tells_of_batches_that_the_axis_does_not_divide_before_the_first_update(examples, batch_size, last):
+    update = ft.make_update(loss_fn, optimizer_of(layout_of("fsdp", mesh(shape=(8, 1)))))
+    rows = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:examples], *BATCHES)
+    data, state = ft.from_arrays(rows, batch_size=batch_size, last=last), update.init(start())
+    with pytest.raises(ft.LayoutError, match=r"'data' of 8 does not divide dimension 0: .* last='pad'\)"):
+        ft.fit(update, state, data, epochs=1, progress=False)
+    assert not state.params["head"]["bias"].is_deleted()
+
+
+def test_a_run_that_ends_before_a_short_batch_is_not_told_of_it():
+    update = ft.make_update(loss_fn, optimizer_of(layout_of("fsdp", mesh(shape=(8, 1)))))
+    data = ft.from_arrays(jax.tree.map(lambda *leaves: np.concatenate(leaves)[:76], *BATCHES), batch_size=32)
+    assert ft.fit(update, update.init(start()), data, steps=2, progress=False).state.step == 2
+
+
 def test_params_given_are_not_consumed():
     given = start()
     update = ft.make_update(loss_fn, optimizer_of(layout_of("data")))
