@@ -99,16 +99,31 @@ class Layout:
         (4,)
 
         Args:
-          fn: a pure function, compiled here.
+          fn: a pure function, compiled here. What it returns may hold leaves that are no arrays, such as functions.
           *args: its arguments, arrays that all processes have alike.
 
         Raises:
-          LayoutError: it returns other paths or shapes than those that were laid out.
+          LayoutError: it returns other paths or shapes than those that were laid out, or is no function.
         """
-        shapes = jax.eval_shape(fn, *args)
-        self._check_shapes(flatten(shapes))
-        made = jax.jit(fn, out_shardings=self.shardings(shapes))(*args)
-        return made
+        if not callable(fn):
+            raise LayoutError(
+                f"layout.init takes a function that makes params, no {type(fn).__name__}: write layout.init(make, key)."
+                " Params that are there are placed by layout.put(params)"
+            )
+        made: list[PyTree] = []
+
+        def arrays(*args: Any) -> Flat:
+            made[:] = [fn(*args)]
+            return {path: leaf for path, leaf in flatten(made[0]).items() if path in self.specs or is_array(leaf)}
+
+        def like_made(leaves: Flat) -> PyTree:
+            whole = [leaves.get(path, leaf) for path, leaf in flatten(made[0]).items()]
+            return jax.tree.unflatten(jax.tree.structure(made[0]), whole)
+
+        shapes = jax.eval_shape(arrays, *args)
+        self._check(flatten(like_made(shapes)))
+        self._check_shapes(shapes)
+        return like_made(jax.jit(arrays, out_shardings={path: self.sharding(path) for path in shapes})(*args))
 
     def abstract(self, tree: PyTree) -> PyTree:
         """A tree like params as `jax.ShapeDtypeStruct`s with shardings: what to compile for, or to restore like."""

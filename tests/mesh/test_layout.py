@@ -203,3 +203,17 @@ def test_a_batch_that_does_not_fit_is_told(batch, said):
     with pytest.raises(ft.LayoutError) as error:
         layout.batch(batch)
     assert said in str(error.value)
+
+
+def test_init_makes_a_tree_with_what_is_no_array_and_tells_of_params_in_the_place_of_a_function():
+    def make(key):
+        return {"w": jax.random.normal(key, (8, 4)), "act": jnp.tanh, "flag": True}
+
+    layout = ft.layout(make(jax.random.key(0)), mesh_of(4, 2), {...: ft.largest("fsdp")})
+    made = layout.init(make, jax.random.key(0))
+    assert (made["act"], made["flag"], made["w"].sharding.spec) == (jnp.tanh, True, P("fsdp"))
+    assert (np.asarray(made["w"]) == make(jax.random.key(0))["w"]).all()
+    with pytest.raises(
+        ft.LayoutError, match=r"a function that makes params, no dict: .*placed by layout.put\(params\)"
+    ):
+        layout.init(made)
