@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from functrain.mesh.shares import Shardings, after_one_axis, assembled, each_with, put
+from functrain.mesh.shares import Shardings, after_one_axis, assembled, check_divided, each_with, put
 from functrain.tree.arrays import is_here
 
 
@@ -25,6 +25,7 @@ def put_stacked(batches: Sequence[Any], sharding: Shardings) -> Any:
 
     def placed(leaf: Any, here: jax.sharding.Sharding) -> Any:
         here = after_one_axis(here, leaf.ndim)
+        check_divided(leaf, here)
         return assembled(leaf, here, axis=1) if several and is_here(leaf) else jax.device_put(leaf, here)
 
     return each_with(placed, sharding, stacked)

@@ -19,7 +19,7 @@ from functrain.loop.compiling import keep_programs
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.evaluations import prepared
 from functrain.loop.every import Every
-from functrain.loop.given import check_given, check_of_all, check_results
+from functrain.loop.given import check_given, check_of_all, check_results, check_rows
 from functrain.loop.hooks import EarlyStopping, Hook, Hooks
 from functrain.loop.lines import LOG
 from functrain.loop.logs import JsonLines, Logger
@@ -192,6 +192,7 @@ def _run(
     place = functools.partial(put_ahead, sharding=plan.sharding) if plan.unroll == 1 else None
     state = as_it_was(state)  # Where there is a checkpoint, the run goes on from that.
     check_of_all(state)
+    check_rows(data, plan.sharding, ends_early=plan.steps is not None)
     if plan.record:
         plan.record.prepare(update, state, plan.sharding)
     run = Run(update, state, Reader(shared(data, plan.sharding), prefetch, place), plan.rows.add)

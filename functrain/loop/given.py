@@ -6,14 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import jax
+import numpy as np
 
 from functrain.errors import FitError
 from functrain.loop.checkpoint.checkpoints import Checkpoints
+from functrain.loop.data import Data
 from functrain.loop.evaluation import Evaluation
 from functrain.loop.every import Every
 from functrain.loop.hooks import EarlyStopping, Hook, OnResult
 from functrain.loop.record.record import Record
 from functrain.loop.saving import Rates
+from functrain.mesh.shares import Shardings, check_divided, first_of, for_rank
 from functrain.tree.arrays import is_here
 from functrain.tree.text import listed
 from functrain.update.state import TrainState
@@ -104,6 +107,27 @@ def _is_logger(given: Any) -> None:
         is_path = isinstance(given, str | os.PathLike)
         write = f"ft.JsonLines({os.fspath(given)!r})" if is_path else "ft.JsonLines(path), or an object that has them"
         raise FitError(f"loggers=: {given!r:.100} is no logger, as it has no {listed(absent)}: write {write}")
+
+
+def check_rows(data: Any, sharding: Shardings, *, ends_early: bool) -> None:
+    """Raises for batches that the devices do not divide, before the first and not after the last whole one.
+
+    Args:
+      data: of functrain, whose last batch is known; of other data each batch is told of when it comes.
+      sharding: where batches go.
+      ends_early: whether the run may end before the short last one.
+
+    Raises:
+      LayoutError: says what to write.
+    """
+    if not isinstance(data, Data) or (first := first_of(sharding)) is None:
+        return
+    short = data.examples % data.batch_size
+    lengths = [data.batch_size] if data.examples >= data.batch_size or data.last == "pad" else []
+    if short and data.last == "keep" and not ends_early:
+        lengths.append(short)
+    for length in lengths:
+        check_divided(np.broadcast_to(0, (length,)), for_rank(first, 1))
 
 
 def check_data(data: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from functrain.errors import LayoutError, PartitionError
 from functrain.mesh.constraints import brought
-from functrain.mesh.shares import Shardings, after_one_axis, each_with, put
+from functrain.mesh.shares import Shardings, after_one_axis, check_divided, each_with, put
 from functrain.mesh.specs import Largest, axes_in, axes_of, cut_further, size_of
 from functrain.tree.arrays import is_array, placed
 from functrain.tree.paths import Flat, PyTree, check_paths, flatten
@@ -99,16 +99,31 @@ class Layout:
         (4,)
 
         Args:
-          fn: a pure function, compiled here.
+          fn: a pure function, compiled here. What it returns may hold leaves that are no arrays, such as functions.
           *args: its arguments, arrays that all processes have alike.
 
         Raises:
-          LayoutError: it returns other paths or shapes than those that were laid out.
+          LayoutError: it returns other paths or shapes than those that were laid out, or is no function.
         """
-        shapes = jax.eval_shape(fn, *args)
-        self._check_shapes(flatten(shapes))
-        made = jax.jit(fn, out_shardings=self.shardings(shapes))(*args)
-        return made
+        if not callable(fn):
+            raise LayoutError(
+                f"layout.init takes a function that makes params, no {type(fn).__name__}: write layout.init(make, key)."
+                " Params that are there are placed by layout.put(params)"
+            )
+        made: list[PyTree] = []
+
+        def arrays(*args: Any) -> Flat:
+            made[:] = [fn(*args)]
+            return {path: leaf for path, leaf in flatten(made[0]).items() if path in self.specs or is_array(leaf)}
+
+        def like_made(leaves: Flat) -> PyTree:
+            whole = [leaves.get(path, leaf) for path, leaf in flatten(made[0]).items()]
+            return jax.tree.unflatten(jax.tree.structure(made[0]), whole)
+
+        shapes = jax.eval_shape(arrays, *args)
+        self._check(flatten(like_made(shapes)))
+        self._check_shapes(shapes)
+        return like_made(jax.jit(arrays, out_shardings={path: self.sharding(path) for path in shapes})(*args))
 
     def abstract(self, tree: PyTree) -> PyTree:
         """A tree like params as `jax.ShapeDtypeStruct`s with shardings: what to compile for, or to restore like."""
@@ -118,7 +133,11 @@ class Layout:
         return jax.tree.unflatten(jax.tree.structure(tree), [self._abstract(path, leaf) for path, leaf in flat.items()])
 
     def batch(self, batch: Any) -> Any:
-        """A batch on its devices; of several processes each gives the rows that its devices hold."""
+        """A batch on its devices; of several processes each gives the rows that its devices hold.
+
+        Raises:
+          LayoutError: a dimension that the spec does not divide; other names than those of `batch=`.
+        """
         return put(batch, self.batch_shardings)
 
     def constrained(self, batch: Any, *, stacked: bool = False) -> Any:
@@ -131,12 +150,7 @@ class Layout:
         def one(leaf: Any, here: Any) -> Any:
             if stacked:
                 here = after_one_axis(here, leaf.ndim)
-            for number, axes in enumerate(map(axes_of, here.spec)):
-                if leaf.shape[number] % (count := size_of(self.mesh, axes)):
-                    raise LayoutError(
-                        f"a leaf of the batch has the shape {leaf.shape}, of which {listed(axes)} of {count} does not"
-                        f" divide dimension {number}: give batches of a multiple of {count} rows"
-                    )
+            check_divided(leaf, here)
             return brought(leaf, here)
 
         return each_with(one, self.batch_shardings, batch)

@@ -1,12 +1,15 @@
 """Which rows of a batch each process reads, those that its devices hold; and one array of the rows of all."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
 from functrain.errors import LayoutError
+from functrain.mesh.specs import axes_of, size_of
+from functrain.tree.text import listed
 
 Shardings: TypeAlias = Any
 """A sharding for all leaves of a batch, or a tree of them that begins as the batch does."""
@@ -48,7 +51,12 @@ def for_rank(sharding: jax.sharding.Sharding, rank: int) -> jax.sharding.Shardin
 
 
 def each_with(call: Any, sharding: Shardings, batch: Any) -> Any:
-    """A batch of what a function makes of each leaf and its sharding, for the leaf's rank."""
+    """A batch of what a function makes of each leaf and its sharding, for the leaf's rank.
+
+    Raises:
+      LayoutError: shardings by name of other names than those of the batch.
+    """
+    _check_names(sharding, batch)
 
     def of_branch(here: Any, branch: Any) -> Any:
         return jax.tree.map(lambda leaf: call(leaf, for_rank(here, np.ndim(leaf))), branch)
@@ -81,12 +89,38 @@ def assembled(leaf: Any, sharding: jax.sharding.Sharding, axis: int = 0) -> jax.
 
 
 def put(batch: Any, sharding: Shardings) -> Any:
-    """A batch where a sharding says; of several processes each gives the rows of its share, and what is there stays."""
+    """A batch where a sharding says; of several processes each gives the rows of its share, and what is there stays.
+
+    Raises:
+      LayoutError: shardings by name of other names than those of the batch; rows that are not divided.
+    """
     if sharding is None:
         return batch
     if jax.process_count() == 1:
-        return jax.device_put(batch, each_with(lambda leaf, here: here, sharding, batch))
+        places = each_with(lambda leaf, here: here, sharding, batch)
+        try:
+            return jax.device_put(batch, places)
+        except ValueError:
+            each_with(check_divided, sharding, batch)
+            raise
     return each_with(lambda leaf, here: leaf if _lies(leaf, here) else assembled(leaf, here), sharding, batch)
+
+
+def check_divided(leaf: Any, sharding: jax.sharding.Sharding) -> None:
+    """Raises unless the devices that a dimension of an array is cut over divide it.
+
+    Raises:
+      LayoutError: says of which rows batches may be.
+    """
+    if not isinstance(sharding, jax.NamedSharding):
+        return
+    for number, (length, axes) in enumerate(zip(np.shape(leaf), map(axes_of, sharding.spec), strict=False)):
+        if length % (count := size_of(sharding.mesh, axes)):
+            raise LayoutError(
+                f"a leaf of the batch has the shape {np.shape(leaf)}, of which {listed(axes)} of {count} does not"
+                f" divide dimension {number}: give batches of a multiple of {count} rows; a short last one is filled up"
+                " with ft.from_arrays(..., last='pad'), which adds weights, and left out with last='drop'"
+            )
 
 
 def after_one_axis(sharding: jax.sharding.Sharding, rank: int) -> jax.sharding.Sharding:
@@ -94,6 +128,26 @@ def after_one_axis(sharding: jax.sharding.Sharding, rank: int) -> jax.sharding.S
     if not isinstance(sharding, jax.NamedSharding):
         return sharding
     return sharding.update(spec=jax.P(None, *sharding.spec[: rank - 1]))
+
+
+def _check_names(sharding: Shardings, batch: Any) -> None:
+    if not isinstance(sharding, Mapping):
+        return
+    if not isinstance(batch, Mapping):
+        raise LayoutError(
+            f"batches are laid out by name, {listed(sharding)}, and this one is no dict ({type(batch).__name__}): give"
+            " one for all arrays, batch=P('data')"
+        )
+    untold, absent = [name for name in batch if name not in sharding], [name for name in sharding if name not in batch]
+    if untold or absent:
+        has = [f"has {listed(untold)}, which they do not name"] if untold else []
+        lacks = [f"lacks {listed(absent)}"] if absent else []
+        raise LayoutError(
+            f"batches are laid out by name, {listed(sharding)}, and this one {' and '.join(has + lacks)}: name exactly"
+            " what a batch has ('weight' with last='pad'), or give one for all arrays, batch=P('data')"
+        )
+    for name, of_name in sharding.items():
+        _check_names(of_name, batch[name])
 
 
 def _lies(leaf: Any, sharding: jax.sharding.Sharding) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import optax
 
 from functrain.mesh.constraints import brought
@@ -181,7 +182,7 @@ class Optimizer(StateAccess):
         body: started anew: count (1 leaf), mu (1 leaf), nu (1 leaf)
 
         Moments follow their parameter's path, wherever the transform has a field of the same name; counts follow if
-        a part comes from a single one; a learning rate is this optimizer's own.
+        a part comes from a single one; a learning rate is this optimizer's own. All lies as its layout says.
 
         Args:
           other: the optimizer that the state is of.
@@ -194,5 +195,7 @@ class Optimizer(StateAccess):
         """
         check_state(other_state, other._structures)
         opt_state, report = adopted_states(self.init(params), other_state, self.parts, other.parts)
+        if self.layout is not None:
+            return jax.device_put(opt_state, self.shardings(self.layout.shardings(params))), report
         split = self.parts.split(params)
         return {name: laid_out(state, split[self.owners[name]]) for name, state in opt_state.items()}, report

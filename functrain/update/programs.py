@@ -19,6 +19,7 @@ from functrain.tree.paths import flatten
 from functrain.tree.text import listed
 from functrain.update.checks import check_batch_of_all
 from functrain.update.consumed import check_not_deleted
+from functrain.update.initial import warn_elsewhere
 from functrain.update.metrics import Metrics
 from functrain.update.options import Settings
 from functrain.update.packed import Form, consume, pack, packed_leaves, unpack
@@ -201,6 +202,8 @@ class Programs:
         program = self.kept.get((call, form))
         if program is None:
             self._check_parts(call)
+            if all(known != form for _, known in self.kept):
+                warn_elsewhere(self.options, state)
             program = Program(self._stages[call.stage], call, form, functools.partial(self._batches.see, (call, form)))
             self._check_precision(program, call, (state, batch, settings))
             self._check_unmoved(program, call, (state, batch, settings))

@@ -180,3 +180,40 @@ def test_batches_go_where_the_layout_says():
     batch = layout.batch({"x": np.ones((8, 4)), "y": np.ones(8)})
     assert [tuple(batch[name].sharding.spec) for name in "xy"] == [("fsdp", "tensor"), ("fsdp",)]
     assert (layout.data_axes, layout.data_shards) == (("fsdp",), 4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (
+            {"x": np.ones((6, 4)), "y": np.ones(6)},
+            "a leaf of the batch has the shape (6, 4), of which 'fsdp' of 4 does not divide dimension 0: give batches"
+            " of a multiple of 4 rows; a short last one is filled up with ft.from_arrays(..., last='pad')",
+        ),
+        (
+            {"x": np.ones((8, 4)), "y": np.ones(8), "weight": np.ones(8)},
+            "laid out by name, 'x', 'y', and this one has 'weight', which they do not name: name exactly what a batch",
+        ),
+        ({"x": np.ones((8, 4))}, "laid out by name, 'x', 'y', and this one lacks 'y': name exactly what a batch has"),
+        (np.ones(8), "laid out by name, 'x', 'y', and this one is no dict (ndarray): give one for all arrays, batch="),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_told(batch, said):
+    layout = ft.layout(PARAMS, mesh_of(4, 2), {...: P()}, batch={"x": P("fsdp"), "y": P("fsdp")})
+    with pytest.raises(ft.LayoutError) as error:
+        layout.batch(batch)
+    assert said in str(error.value)
+
+
+def test_init_makes_a_tree_with_what_is_no_array_and_tells_of_params_in_the_place_of_a_function():
+    def make(key):
+        return {"w": jax.random.normal(key, (8, 4)), "act": jnp.tanh, "flag": True}
+
+    layout = ft.layout(make(jax.random.key(0)), mesh_of(4, 2), {...: ft.largest("fsdp")})
+    made = layout.init(make, jax.random.key(0))
+    assert (made["act"], made["flag"], made["w"].sharding.spec) == (jnp.tanh, True, P("fsdp"))
+    assert (np.asarray(made["w"]) == make(jax.random.key(0))["w"]).all()
+    with pytest.raises(
+        ft.LayoutError, match=r"a function that makes params, no dict: .*placed by layout.put\(params\)"
+    ):
+        layout.init(made)

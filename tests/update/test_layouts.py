@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,22 @@ def test_a_batch_that_the_axis_does_not_divide_is_told():
         ft.LayoutError, match=r"shape \(30, 16\), of which 'data' of 4 does not divide dimension 0: give"
     ):
         update(update.init(start()), jax.tree.map(lambda leaf: leaf[:30], BATCHES[0]))
+
+
+@pytest.mark.parametrize(("examples", "batch_size", "last"), [(76, 32, "keep"), (64, 30, "drop"), (64, 30, "pad")])
+def test_a_run_tells_of_batches_that_the_axis_does_not_divide_before_the_first_update(examples, batch_size, last):
+    update = ft.make_update(loss_fn, optimizer_of(layout_of("fsdp", mesh(shape=(8, 1)))))
+    rows = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:examples], *BATCHES)
+    data, state = ft.from_arrays(rows, batch_size=batch_size, last=last), update.init(start())
+    with pytest.raises(ft.LayoutError, match=r"'data' of 8 does not divide dimension 0: .* last='pad'\)"):
+        ft.fit(update, state, data, epochs=1, progress=False)
+    assert not state.params["head"]["bias"].is_deleted()
+
+
+def test_a_run_that_ends_before_a_short_batch_is_not_told_of_it():
+    update = ft.make_update(loss_fn, optimizer_of(layout_of("fsdp", mesh(shape=(8, 1)))))
+    data = ft.from_arrays(jax.tree.map(lambda *leaves: np.concatenate(leaves)[:76], *BATCHES), batch_size=32)
+    assert ft.fit(update, update.init(start()), data, steps=2, progress=False).state.step == 2
 
 
 def test_params_given_are_not_consumed():
@@ -352,3 +369,48 @@ def test_a_gradient_that_is_not_finite_on_one_device_alone_is_skipped_on_all():
     assert (int(metrics["skipped"]), {part: bool(is_not) for part, is_not in metrics["nonfinite"].items()}) == (
         1, {"head": True, "body": False},
     )  # fmt: skip
+
+
+def test_a_state_that_is_adopted_lies_where_the_new_layout_has_it_on_other_devices_too():
+    fewer = jax.make_mesh((2, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:2])
+    layouts = [layout_of("data"), layout_of("host"), layout_of("both"), layout_of("fsdp", fewer)]
+    updates = [ft.make_update(loss_fn, optimizer_of(each), ema=0.9) for each in layouts]
+    state = updates[0].init(start(), key=jax.random.key(0))
+    for before, update, batch in zip([updates[0], *updates], updates, BATCHES, strict=False):
+        state, report = update.adopt(before, state)
+        assert not report.anew.get("body")
+        assert all(jax.tree.leaves(jax.tree.map(lies_as, shardings(state), shardings(update.init(start())))))
+        state, _ = update(state, batch)
+    one = ft.make_update(loss_fn, optimizer_of(None), ema=0.9)
+    expected = one.init(start())
+    for batch in BATCHES[:4]:
+        expected, _ = one(expected, batch)
+    for path, leaf in ft.flatten(expected.params).items():
+        np.testing.assert_allclose(ft.flatten(state.params)[path], leaf, atol=1e-5)
+
+
+def test_adoption_keeps_what_is_cut_further_and_on_the_host_in_its_place():
+    optim, params = optimizer_of(layout_of("host")), layout_of("host").put(start())
+    opt_state, _ = optim.adopt(optim, optim.init(params), params)
+    moment = opt_state["body"][0].mu["body/kernel"].sharding
+    assert (moment.memory_kind, moment.spec) == ("pinned_host", layout_of("host").of_state("body/kernel").spec)
+
+
+def test_a_state_of_another_layout_is_warned_of_once_and_adoption_brings_it_to_its_place():
+    optims = (optimizer_of(layout_of(name)) for name in ("data", "zero"))
+    of_data, of_zero = (ft.make_update(loss_fn, optim, accumulate=2) for optim in optims)
+    state = of_data.init(start())
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for batch in BATCHES[:4]:
+            state, _ = of_zero(state, batch)
+    (told,) = [str(each.message) for each in warned]
+    assert "the state's 'opt_state/body/0/mu/body/bias' lies in P() over data 4 x model 2, memory 'device', and" in told
+    assert "has it in P('data') over data 4 x model 2, memory 'device': it stays" in told
+    assert "state, report = update.adopt(update, state)" in told
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        state, _ = of_zero.adopt(of_zero, state)
+        for batch in BATCHES[:2]:
+            state, _ = of_zero(state, batch)
+    assert state.opt_state["body"][0].mu["body/kernel"].sharding.spec == layout_of("zero").of_state("body/kernel").spec
