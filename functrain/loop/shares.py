@@ -21,32 +21,11 @@ def where_batches_lie(sharding: Shardings, update: Update) -> Shardings:
 
 
 def shared(data: Any, sharding: Shardings) -> Any:
-    """Data of functrain with the share that this process's devices hold; other data as it is.
-
-    Raises:
-      FitError: its batches, or a last one that is short, have no equal slice for each of the devices that cut them.
-    """
+    """Data of functrain with the share that this process's devices hold; other data as it is."""
     first = first_of(sharding)
-    if not isinstance(data, Data) or first is None:
+    if not isinstance(data, Data) or first is None or jax.process_count() == 1:
         return data
-    share = share_of(first)
-    _check_slices(data, share.of)
-    return data if jax.process_count() == 1 else data.over(*share)
-
-
-def _check_slices(data: Data, slices: int) -> None:
-    if data.batch_size % slices:
-        below = data.batch_size // slices * slices
-        near = f"{below} or {below + slices}" if below else f"{slices}"
-        raise FitError(
-            f"batch_size={data.batch_size}: the devices cut a batch into {slices} slices, which does not divide it:"
-            f" write {near}"
-        )
-    if data.last == "keep" and (short := data.examples % data.batch_size) % slices:
-        raise FitError(
-            f"{data.examples} examples in batches of {data.batch_size} leave a last one of {short}, which the devices"
-            f" can't cut into {slices} slices: write last='pad', which adds a weight, or last='drop'"
-        )
+    return data.over(*share_of(first))
 
 
 def check_sharers(batch: Any, data: Any, *, axis: int = 0) -> None:

@@ -1,7 +1,5 @@
 """Shardings of batches: for arrays of fewer axes, by name, unrolled, in evaluations."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,23 +20,6 @@ def model():
         return (batch["x"] @ params["w"] * 0.5 - batch["y"]) ** 2
 
     return ft.make_update(lambda params, batch: losses(params, batch).mean(), optim), params, losses
-
-
-@pytest.mark.parametrize(
-    ("size", "said"),
-    [
-        (12, "batch_size=12: the devices cut a batch into 8 slices, which does not divide it: write 8 or 16"),
-        (4, "batch_size=4: the devices cut a batch into 8 slices, which does not divide it: write 8"),
-        (32, "36 examples in batches of 32 leave a last one of 4, which the devices can't cut into 8 slices: write"),
-    ],
-)
-def test_batches_that_devices_cannot_cut_are_told_before_the_first_update(size, said):
-    update, params, _ = model()
-    place = jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data"))
-    rows = int(said.split()[0]) if said[0].isdigit() else 32
-    data = ft.from_arrays({"x": np.ones((rows, 4), np.float32), "y": np.ones(rows, np.float32)}, size)
-    with pytest.raises(ft.FitError, match=re.escape(said)):
-        ft.fit(update, update.init(params), data, epochs=1, sharding=place, progress=False)
 
 
 def evaluation(losses, **options):
