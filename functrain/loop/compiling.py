@@ -49,7 +49,8 @@ def compile_for(
     is_cut_short = (run.reader.batches_an_epoch or 0) % run.update.accumulate > 0
     run.update.compile(run.state, batch, scan=scan, measured=measures, flush=is_cut_short, until=end)
     options = run.update.options
-    if (options.microbatches > 1 or options.per_example is not None) and is_first:
+    is_apart = options.microbatches > 1 or options.by_shard is not None or options.per_example is not None
+    if is_apart and is_first:
         tell_of_no_mean(run.update, run.state, jax.tree.map(lambda leaf: leaf[0], scan) if batch is None else batch)
 
 

@@ -19,7 +19,7 @@ from functrain.tree.paths import Flat, PyTree, check_paths, flatten
 from functrain.tree.text import aligned, bytes_in_words, leaves_in_words, listed
 
 Spec: TypeAlias = jax.P | Largest
-BatchSpec: TypeAlias = "jax.P | Mapping[str, BatchSpec]"
+BatchSpec: TypeAlias = "jax.P | Mapping[str, BatchSpec] | tuple[BatchSpec, ...]"
 
 
 class Rule(NamedTuple):
@@ -280,4 +280,6 @@ def of_batch(batch: BatchSpec) -> str:
     """The spec of batches as one would write it."""
     if isinstance(batch, jax.P):
         return written(batch)
+    if not isinstance(batch, Mapping):  # Of batches that are tuples.
+        return f"({', '.join(map(of_batch, batch))})"
     return ", ".join(f"{name} {of_batch(spec)}" for name, spec in batch.items())

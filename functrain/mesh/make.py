@@ -99,7 +99,10 @@ def _check_rules(rules: Any, mesh: Any) -> None:
     if not isinstance(rules, Mapping) or not rules:
         raise LayoutError(f'rules are a dict of specs by selector, {{"**/kernel": P("fsdp"), ...: P()}}, not {rules!r}')
     if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
-        raise LayoutError(f"{mesh!r} is no mesh: write jax.make_mesh((8,), ('data',))")
+        shown = type(mesh).__name__ if flatten(mesh) else repr(mesh)
+        raise LayoutError(
+            f"{shown} is no mesh: write ft.layout(params, mesh, rules), with mesh = jax.make_mesh((8,), ('data',))"
+        )
     for selector, rule in rules.items():
         if isinstance(rule, Largest):
             check_axes(mesh, rule.axes, f"rule {_name(selector)}")

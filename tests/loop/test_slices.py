@@ -77,3 +77,22 @@ def test_a_loss_of_pairs_of_which_each_example_is_taken_by_itself_is_told():
     )
     assert "give each example what it is compared with (its own negatives)" in told
     assert not warned(mean, per_example=lambda grads: grads)
+
+
+@pytest.mark.parametrize(("loss_fn", "is_told"), [(mean, False), (summed, True), (contrastive, True)])
+def test_shards_that_sum_their_own_gradients_are_told_of_a_loss_that_is_no_mean(loss_fn, is_told):
+    mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    layout = ft.layout(
+        PARAMS, mesh, {...: jax.P()}, batch={"x": jax.P("data"), "weight": jax.P("data"), "scale": jax.P()}
+    )
+    optim = ft.Optimizer(ft.partition(PARAMS, {"all": ...}), {"all": optax.sgd(1e-3)}, layout=layout)
+    update = ft.make_update(loss_fn, optim, accumulate=2, reduce="window")
+    data = [{"x": X, "weight": np.arange(1.0, 9.0, dtype=np.float32), "scale": np.float32(1)}] * 2
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ft.fit(update, update.init(PARAMS), data, epochs=2, progress=False)
+    told = [str(each.message) for each in caught]
+    assert len(told) == is_told
+    for each in told:
+        assert each.startswith("reduce='window' computes another loss than the whole batch has, the mean of those of 4")
+        assert "so that it is no mean over examples; leave reduce='window' out, or return a sum as a mean" in each

@@ -217,3 +217,9 @@ def test_init_makes_a_tree_with_what_is_no_array_and_tells_of_params_in_the_plac
         ft.LayoutError, match=r"a function that makes params, no dict: .*placed by layout.put\(params\)"
     ):
         layout.init(made)
+
+
+def test_a_batch_that_is_a_tuple_has_a_tuple_of_specs():
+    layout = ft.layout(PARAMS, mesh_of(4, 2), {...: P()}, batch=(P("fsdp"), P()))
+    assert str(layout).endswith("batch: (P('fsdp'), P())")
+    assert [leaf.sharding.spec for leaf in layout.batch((np.ones(8), np.ones(3)))] == [P("fsdp"), P()]
