@@ -200,7 +200,8 @@ class Layout:
     def _others(self) -> list[str]:
         """What the table says beneath its rules."""
         lines = [f"mesh: {' x '.join(f'{axis} {size}' for axis, size in self.mesh.shape.items())}"]
-        lines += [f"batch: {of_batch(self.batch_spec)}"]
+        uncut = "" if self.data_axes else ", so that every device computes all of it"
+        lines += [f"batch: {of_batch(self.batch_spec)}{uncut}"]
         whole = [path for path, spec in self.specs.items() if not axes_in(spec)]
         if whole and len(whole) < len(self.specs):
             lines.append(f"whole on every device: {listed(whole)}")

@@ -137,6 +137,10 @@ def test_the_table_says_what_lies_where_and_how_much():
     ]
 
 
+def test_a_batch_that_is_forgotten_is_told_in_the_table():
+    assert "batch: P(), so that every device computes all of it" in str(ft.layout(PARAMS, MESH, {...: P()}))
+
+
 def test_put_and_init_leave_no_device_more_than_its_share():
     layout = ft.layout(PARAMS, mesh_of(4, 2), {"head/scale": P(), ...: ft.largest(("fsdp", "tensor"))})
     made = layout.init(lambda key: jax.tree.map(lambda leaf: leaf * jax.random.normal(key), PARAMS), jax.random.key(0))
