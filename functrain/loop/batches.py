@@ -25,8 +25,10 @@ def put_stacked(batches: Sequence[Any], sharding: Shardings) -> Any:
 
     def placed(leaf: Any, here: jax.sharding.Sharding) -> Any:
         here = after_one_axis(here, leaf.ndim)
+        if several and is_here(leaf):  # The rows of this process's share.
+            return assembled(leaf, here, axis=1)
         check_divided(leaf, here)
-        return assembled(leaf, here, axis=1) if several and is_here(leaf) else jax.device_put(leaf, here)
+        return jax.device_put(leaf, here)
 
     return each_with(placed, sharding, stacked)
 
