@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,91 +14,148 @@ from functrain.mesh.layout import Layout
 from functrain.mesh.shares import each_with
 from functrain.tree.warn import warn
 from functrain.update.microbatches import sliced
+from functrain.update.options import Options
 from functrain.update.state import TrainState
 from functrain.update.step import Step
 from functrain.update.update import Update
 
 
-def tell_of_no_mean(update: Update, state: TrainState, batch: Any) -> None:
-    """Warns of a loss that is another for the same examples given twice, where a batch is taken apart.
+class _Apart(NamedTuple):
+    """How a batch is taken apart.
 
-    A mean over examples has the same, whatever its weights are. Of a loss that draws random numbers it can't be told.
+    Attributes:
+      two: from a batch to two of its parts, the second the first where there is no other.
+      joined: from two parts to a batch of both.
+      what: what is said of it.
+      part: what a part is called.
+      advice: what to write instead.
+    """
+
+    two: Callable[[Any], tuple[Any, Any]]
+    joined: Callable[[Any, Any], Any]
+    what: str
+    part: str
+    advice: str
+
+
+def tell_of_no_mean(update: Update, state: TrainState, batch: Any) -> None:
+    """Warns of a loss of a batch that is not the mean of those of its parts, where a batch is taken apart.
+
+    It is another for the same examples given twice, or its weight is not what its mean is over. Of a loss that draws
+    random numbers neither can be told, of one that changes the model's state, as statistics of a batch do, not the
+    latter.
 
     Args:
       update: of the run.
       state: any of the run.
       batch: what the update is given.
     """
-    options = update.options
-    by_example, by_shard = options.per_example is not None, options.by_shard
-    if not by_example and by_shard is not None and is_explicit(by_shard.layout.mesh):
-        return  # There a slice of rows that are cut has no type.
-    count = len(jax.tree.leaves(batch)[0]) if by_example else options.microbatches
-    layout = None if by_example or by_shard is None else by_shard.layout
-    halves = (
-        functools.partial(_slice_and_twice, count) if layout is None else functools.partial(_shard_and_twice, layout)
-    )
+    apart = _apart(update.options, batch)
+    if apart is None:
+        return
     for step, phase in zip(update.stages[-1], update.schedule.phases, strict=True):
         is_random = state.key is not None and "key" in accepted_context(phase.loss_fn)
         if is_random:
             continue
-        values = functools.partial(_once_and_twice, step, halves)
-        once, twice = jax.jit(values)(state.params, state.model_state, np.int32(state.step), batch)
-        for name, value in once.items():
-            of, of_both = float(value), float(twice[name])
-            # Means of the same numbers differ by rounding alone, also in 16 bits.
-            if np.isfinite([of, of_both]).all() and not np.isclose(of, of_both, rtol=1e-2, atol=1e-4):
-                what, advice = (
-                    _of_example(count) if by_example else _of_slice(count) if layout is None else _of_shard(layout)
-                )
+        found = jax.jit(functools.partial(_compared, step, apart))
+        pairs = found(state.params, state.model_state, np.int32(state.step), batch)
+        once, twice, means, together = (jax.tree.map(float, values) for values in pairs)
+        for name in once:
+            if _differ(once[name], twice[name]):
                 warn(
-                    f"{what} {name_of(phase.loss_fn)} returns the {name!r} {of:.6g}, of the same twice {of_both:.6g},"
-                    f" so that it is no mean over examples; {advice}, or return a sum as a mean,"
-                    " ft.Loss(sum / count, weight=count)"
+                    f"{apart.what}: of {apart.part} {name_of(phase.loss_fn)} returns the {name!r} {once[name]:.6g}, of"
+                    f" the same twice {twice[name]:.6g}, so that it is no mean over examples; {apart.advice}, or return"
+                    " a sum as a mean, ft.Loss(sum / count, weight=count)"
+                )
+            elif name in means and _differ(means[name], together[name]):
+                warn(
+                    f"{apart.what}: {name_of(phase.loss_fn)} returns the {name!r} {together[name]:.6g} of two parts of"
+                    f" it together, and of each by itself such that their mean, by its weight, is {means[name]:.6g};"
+                    " return what its mean is over, such as unmasked tokens, ft.Loss(mean, weight=mask.sum()), or"
+                    f" {apart.advice}"
                 )
 
 
-def _of_slice(count: int) -> tuple[str, str]:
-    return f"microbatches={count} computes another loss than the whole batch has: of a slice", "write microbatches=1"
-
-
-def _of_shard(layout: Layout) -> tuple[str, str]:
-    return (
+def _apart(options: Options, batch: Any) -> _Apart | None:
+    """How an update takes a batch apart; None where it can't be done here."""
+    if options.per_example is not None:
+        count = len(jax.tree.leaves(batch)[0])
+        return _Apart(
+            functools.partial(_two_slices, count),
+            _joined,
+            f"per_example= has the loss of each of the {count} examples by itself, which is not that of the batch",
+            "one",
+            "give each example what it is compared with (its own negatives) in the batch, or leave per_example= out",
+        )
+    if options.by_shard is None:
+        return _Apart(
+            functools.partial(_two_slices, options.microbatches),
+            _joined,
+            f"microbatches={options.microbatches} computes another loss than the whole batch has",
+            "a slice",
+            "write microbatches=1",
+        )
+    layout = options.by_shard.layout
+    if is_explicit(layout.mesh):
+        return None  # There a slice of rows that are cut has no type.
+    return _Apart(
+        functools.partial(_two_shards, layout),
+        functools.partial(_joined_shards, layout),
         "reduce='window' computes another loss than the whole batch has, the mean of those of"
-        f" {layout.data_shards} shards: of one",
+        f" {layout.data_shards} shards",
+        "one",
         "leave reduce='window' out",
     )
 
 
-def _of_example(count: int) -> tuple[str, str]:
-    return (
-        f"per_example= has the loss of each of the {count} examples by itself, which is not that of the batch: of one",
-        "give each example what it is compared with (its own negatives) in the batch, or leave per_example= out",
-    )
+def _differ(one: float, other: float) -> bool:
+    """Whether two losses are not the same; means of the same numbers differ by rounding alone, also in 16 bits."""
+    return bool(np.isfinite([one, other]).all() and not np.isclose(one, other, rtol=1e-2, atol=1e-4))
 
 
-def _slice_and_twice(count: int, batch: Any) -> tuple[Any, Any]:
-    """A slice of a batch, and its examples twice."""
-    one = jax.tree.map(lambda leaf: leaf[0], sliced(batch, count))
-    return one, jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), one)
+def _two_slices(count: int, batch: Any) -> tuple[Any, Any]:
+    slices = sliced(batch, count)
+    first, second = (jax.tree.map(lambda leaf, at=at: leaf[at], slices) for at in (0, min(1, count - 1)))
+    return first, second
 
 
-def _shard_and_twice(layout: Layout, batch: Any) -> tuple[Any, Any]:
-    """The rows of a shard, and these twice; what is not cut is the same in both."""
+def _joined(one: Any, other: Any) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), one, other)
 
-    def rows(times: int) -> Any:
+
+def _two_shards(layout: Layout, batch: Any) -> tuple[Any, Any]:
+    """The rows of two shards; what is not cut is the same in both."""
+
+    def rows(number: int) -> Any:
         def of(leaf: Any, here: Any) -> Any:
-            is_cut = len(here.spec) > 0 and here.spec[0] is not None
-            return jnp.concatenate([leaf[: len(leaf) // layout.data_shards]] * times) if is_cut else leaf
+            length = len(leaf) // layout.data_shards if _is_cut(here) else 0
+            return leaf[number * length : (number + 1) * length] if length else leaf
 
         return each_with(of, layout.batch_shardings, batch)
 
-    return rows(1), rows(2)
+    return rows(0), rows(min(1, layout.data_shards - 1))
 
 
-def _once_and_twice(
-    step: Step, halves: Callable[[Any], tuple[Any, Any]], params: Any, model_state: Any, number: Any, batch: Any
-) -> Any:
-    """The losses of a part of the batch, and of its examples twice."""
+def _joined_shards(layout: Layout, one: Any, other: Any) -> Any:
+    is_cut = jax.tree.leaves(each_with(lambda leaf, here: _is_cut(here), layout.batch_shardings, one))
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), is_cut, strict=True)
+    return jax.tree.unflatten(jax.tree.structure(one), [jnp.concatenate([a, b]) if both else a for a, b, both in pairs])
+
+
+def _is_cut(here: Any) -> bool:
+    return len(here.spec) > 0 and here.spec[0] is not None
+
+
+def _compared(step: Step, apart: _Apart, params: Any, model_state: Any, number: Any, batch: Any) -> Any:
+    """The losses of a part, of it twice; the means of those of two parts, and those of both, if no state changes."""
     context, cast = Context(model_state=model_state, step=number), step.objective.cast(params)
-    return [step.objective.losses(cast, each, context)[0] for each in halves(batch)]
+    one, other = apart.two(batch)
+    once, of_one = step.objective.losses(cast, one, context)
+    twice, _ = step.objective.losses(cast, apart.joined(one, one), context)
+    if [*map(id, jax.tree.leaves(of_one.model_state))] != [*map(id, jax.tree.leaves(model_state))]:
+        return once, twice, {}, {}
+    values, of_other = step.objective.losses(cast, other, context)
+    together, _ = step.objective.losses(cast, apart.joined(one, other), context)
+    weights = [jnp.asarray(loss.weight, jnp.float32) for loss in (of_one, of_other)]
+    means = {name: (once[name] * weights[0] + values[name] * weights[1]) / sum(weights) for name in once}
+    return once, twice, means, together

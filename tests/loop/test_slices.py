@@ -29,11 +29,23 @@ def contrastive(params, batch):
     return {"pairs": -jnp.mean(jnp.diag(jax.nn.log_softmax(found @ found.T)))}
 
 
+def masked(params, batch):
+    """A mean over what is not masked, that does not say over how much."""
+    return mean(params, batch).value
+
+
+def normalised(params, batch, model_state):
+    """With statistics of the batch, as batch norm has: each slice has others."""
+    found = batch["x"] @ params["w"]
+    found = found / found.std(axis=0)
+    return ft.Loss(jnp.abs(found + 1).mean(), weight=len(found), model_state={"std": found.std(axis=0)})
+
+
 def random(params, batch, key):
     return ft.Loss(mean(params, batch).value * jax.random.uniform(key))
 
 
-def warned(loss_fn, key=None, per_example=None, **options):
+def warned(loss_fn, key=None, per_example=None, model_state=None, **options):
     """What is said in a run of two epochs, with two slices a batch, or with each example by itself."""
     optim = ft.Optimizer(ft.partition(PARAMS, {"all": ...}), {"all": optax.sgd(1e-3)})
     apart = {"microbatches": 2} if per_example is None else {"per_example": per_example}
@@ -41,7 +53,7 @@ def warned(loss_fn, key=None, per_example=None, **options):
     data = [{"x": X, "weight": np.arange(1.0, 9.0, dtype=np.float32)}] * 2
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ft.fit(update, update.init(PARAMS, key=key), data, epochs=2, **options)
+        ft.fit(update, update.init(PARAMS, key=key, model_state=model_state), data, epochs=2, **options)
     assert all(each.filename == __file__ for each in caught)
     return [str(each.message) for each in caught]
 
@@ -69,6 +81,24 @@ def test_a_loss_that_is_no_mean_over_examples_is_told_once_with_both_values(loss
     np.testing.assert_allclose([*map(float, numbers.groups())], expected, rtol=1e-4)  # Six digits are told.
 
 
+def test_a_mean_that_does_not_say_what_it_is_over_is_told_with_both_values():
+    (told,) = warned(masked)
+    numbers = re.fullmatch(
+        "microbatches=2 computes another loss than the whole batch has: masked returns the 'loss' (.*) of two parts of"
+        " it together, and of each by itself such that their mean, by its weight, is (.*); return what its mean is"
+        r" over, such as unmasked tokens, ft.Loss\(mean, weight=mask.sum\(\)\), or write microbatches=1",
+        told,
+    )
+    weight = np.arange(1.0, 9.0, dtype=np.float32)
+    of = [float(masked(PARAMS, {"x": X[rows], "weight": weight[rows]})) for rows in (slice(0, 8, 2), slice(1, 8, 2))]
+    expected = [float(masked(PARAMS, {"x": X, "weight": weight})), sum(of) / 2]
+    np.testing.assert_allclose([*map(float, numbers.groups())], expected, rtol=1e-4)
+
+
+def test_statistics_of_a_batch_that_are_state_are_not_told_of():
+    assert not warned(normalised, model_state={"std": jnp.ones(3)})
+
+
 def test_a_loss_of_pairs_of_which_each_example_is_taken_by_itself_is_told():
     (told,) = warned(contrastive, per_example=lambda grads: grads)
     assert "has the loss of each of the 8 examples by itself, which is not that of the batch" in told
@@ -79,7 +109,7 @@ def test_a_loss_of_pairs_of_which_each_example_is_taken_by_itself_is_told():
     assert not warned(mean, per_example=lambda grads: grads)
 
 
-@pytest.mark.parametrize(("loss_fn", "is_told"), [(mean, False), (summed, True), (contrastive, True)])
+@pytest.mark.parametrize(("loss_fn", "is_told"), [(mean, False), (masked, True), (summed, True), (contrastive, True)])
 def test_shards_that_sum_their_own_gradients_are_told_of_a_loss_that_is_no_mean(loss_fn, is_told):
     mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     layout = ft.layout(
@@ -95,4 +125,7 @@ def test_shards_that_sum_their_own_gradients_are_told_of_a_loss_that_is_no_mean(
     assert len(told) == is_told
     for each in told:
         assert each.startswith("reduce='window' computes another loss than the whole batch has, the mean of those of 4")
-        assert "so that it is no mean over examples; leave reduce='window' out, or return a sum as a mean" in each
+        advice = (
+            "or leave reduce='window' out" if loss_fn is masked else "leave reduce='window' out, or return a sum as"
+        )
+        assert advice in each
