@@ -259,19 +259,7 @@ def from_arrays(
     def fetch(rows: np.ndarray) -> Batch:
         return {name: _gathered(column, rows) for name, column in columns.items()}
 
-    data = Data(
-        fetch=fetch,
-        examples=examples,
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        last=last,
-        process=jax.process_index(),
-        processes=jax.process_count(),
-        read_ahead=0,
-    )
-    tell_of_one_batch(data)
-    return data
+    return data_of(fetch, examples, batch_size, seed=seed, shuffle=shuffle, last=last, read_ahead=0)
 
 
 def from_tfds(
@@ -319,28 +307,26 @@ def from_tfds(
         records = [source[row] for row in rows.tolist()]
         return {name: stacked(name, [record[name] for record in records], dtypes[name]) for name in dtypes}
 
-    data = Data(
-        fetch=fetch,
-        examples=len(source),
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        last=last,
-        process=jax.process_index(),
-        processes=jax.process_count(),
-        read_ahead=4,
-    )
-    tell_of_one_batch(data)
-    return data
+    return data_of(fetch, len(source), batch_size, seed=seed, shuffle=shuffle, last=last, read_ahead=4)
 
 
-def tell_of_one_batch(data: Data) -> None:
-    """Warns of a batch size of more than all examples."""
-    if data.last == "keep" and data.batch_size > data.examples:
+def data_of(fetch: Callable[[np.ndarray], Batch], examples: int, batch_size: int, **options: Any) -> Data:
+    """Data that all processes read together; warns of a batch size of more than all examples.
+
+    Args:
+      fetch: from the numbers of examples to these.
+      examples: how many there are.
+      batch_size: over all processes.
+      **options: the other fields.
+    """
+    everyone = {"process": jax.process_index(), "processes": jax.process_count()}
+    data = Data(fetch=fetch, examples=examples, batch_size=batch_size, **everyone, **options)
+    if data.last == "keep" and batch_size > examples:
         warn(
-            f"batch_size={data.batch_size} of {data.examples} examples: an epoch is one batch of {data.examples}; write"
-            f" batch_size={data.examples}, or less for more updates in an epoch"
+            f"batch_size={batch_size} of {examples} examples: an epoch is one batch of {examples}; write"
+            f" batch_size={examples}, or less for more updates in an epoch"
         )
+    return data
 
 
 def _gathered(column: np.ndarray, rows: np.ndarray) -> np.ndarray:

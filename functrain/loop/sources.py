@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from functrain.errors import DataError
-from functrain.loop.data import Data, Last, tell_of_one_batch
+from functrain.loop.data import Data, Last, data_of
 from functrain.loop.maps import Batch, batch_of
 
 _ENDLESS = 2**48  # As long is what Grain repeats without end.
@@ -45,19 +44,7 @@ def from_source(source: Any, batch_size: int, *, seed: int = 0, shuffle: bool = 
     def fetch(rows: np.ndarray) -> Batch:
         return batch_of([source[row] for row in rows.tolist()], what)
 
-    data = Data(
-        fetch=fetch,
-        examples=examples,
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        last=last,
-        process=jax.process_index(),
-        processes=jax.process_count(),
-        read_ahead=4,
-    )
-    tell_of_one_batch(data)
-    return data
+    return data_of(fetch, examples, batch_size, seed=seed, shuffle=shuffle, last=last, read_ahead=4)
 
 
 def _length(source: Any, what: str) -> int:
