@@ -19,7 +19,7 @@ from functrain.loop.same_data import check_same, described
 from functrain.optim.held import RATE, settings_in
 from functrain.tree.warn import warn
 from functrain.update.consumed import check_not_deleted
-from functrain.update.initial import with_window_in_place
+from functrain.update.placing import with_window_in_place
 from functrain.update.state import TrainState
 
 Rates: TypeAlias = Literal["program", "checkpoint"]

@@ -23,10 +23,10 @@ def brought(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def in_auto_axes(fn: Callable[..., PyTree], args: tuple[PyTree, ...], like: PyTree, **others: Any) -> PyTree:
-    """`fn(*args, **others)`, in which mesh axes that are a part of types are none: of these an optax transform is told.
+    """`fn(*args, **others)`, for a function that knows no mesh axes in types: within it they are none.
 
     Args:
-      fn: a function that knows no explicit axes, such as the update of Muon, whose products contract cut dimensions.
+      fn: such as the update of Muon, whose products contract cut dimensions.
       args: its positional arguments.
       like: what it returns lies as this does, tree for tree.
       **others: its arguments by keyword. A function among them, such as the loss, is one of explicit axes: it can't be

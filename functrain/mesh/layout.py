@@ -184,7 +184,7 @@ class Layout:
     def __str__(self) -> str:
         rows = [("rule", "spec", "leaves", "bytes a device")]
         for rule in self.rules:
-            specs = dict.fromkeys(map(str, (written(self.specs[path]) for path in rule.paths)))
+            specs = dict.fromkeys(written(self.specs[path]) for path in rule.paths)
             for number, spec in enumerate(specs):
                 mine = [path for path in rule.paths if written(self.specs[path]) == spec]
                 shown = rule.selector if number == 0 else ""

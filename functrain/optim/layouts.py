@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import optax
 
 from functrain.errors import OptimizerError, PartitionError
 from functrain.mesh.constraints import brought
 from functrain.mesh.layout import Layout
+from functrain.tree.arrays import committed_sharding
 from functrain.tree.partition import Partition, taken_by
 from functrain.tree.paths import Flat, difference
 
@@ -44,6 +46,25 @@ def check_layout(layout: Any, parts: Partition, trained: Sequence[str]) -> None:
                 f"the layout's memory= names {key!r}, with {frozen[0]!r}, which is frozen and has no optimizer state:"
                 " leave it out"
             )
+
+
+def check_devices(layout: Layout | None, params: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises for split params that were put on other devices than those of the layout.
+
+    Raises:
+      OptimizerError: says how to put them there.
+    """
+    if layout is None or not isinstance(layout.mesh, jax.sharding.Mesh):
+        return
+    devices = {*layout.mesh.devices.flat}
+    for flat in params.values():
+        for path, leaf in flat.items():
+            lies = committed_sharding(leaf) if not isinstance(leaf, jax.core.Tracer) else None
+            if lies is not None and lies.device_set != devices:
+                raise OptimizerError(
+                    f"{path!r} lies on {len(lies.device_set)} device(s), and not on the {len(devices)} of the layout's"
+                    " mesh: write params = layout.put(params)"
+                )
 
 
 def places_of(layout: Layout, parts: Partition, trained: Sequence[str]) -> Places:

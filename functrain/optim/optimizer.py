@@ -18,7 +18,7 @@ from functrain.optim.checks import (
     checked_settings,
 )
 from functrain.optim.clipping import checked_norms, clipped
-from functrain.optim.layouts import with_updates
+from functrain.optim.layouts import check_devices, with_updates
 from functrain.optim.state_access import StateAccess
 from functrain.optim.state_form import placeholder_type
 from functrain.optim.states import laid_out
@@ -78,6 +78,7 @@ class Optimizer(StateAccess):
             return {part: of_part.form.with_placeholder(params) for part, of_part in self._transforms.items()}
         split = self.parts.split(params)
         check_params(self.parts, self.trained, split)
+        check_devices(self.layout, split)
         return {name: of_part.init(split[of_part.part]) for name, of_part in self._transforms.items()}
 
     def update(

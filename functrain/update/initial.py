@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from functrain.errors import UpdateError
-from functrain.mesh.layout import Layout, written
 from functrain.optim.adoption import Adoption
 from functrain.tree.arrays import as_array, committed_sharding, placed, replicated_over, shortest
 from functrain.tree.paths import PyTree, flatten
 from functrain.tree.text import listed
-from functrain.tree.warn import warn
 from functrain.update.ema import adopted_ema
 from functrain.update.options import Options
-from functrain.update.packed import as_it_was
+from functrain.update.placing import in_layout, places
 from functrain.update.state import TrainState
 
 
@@ -62,17 +60,6 @@ def initial_state(
         window=None,
         configuration=configuration,
     )
-
-
-def with_window_in_place(options: Options, state: TrainState) -> TrainState:
-    """A state whose pending window lies where its update has it: a checkpoint knows the places of parameters alone."""
-    if state.window is None:
-        return state
-    window = options.fitted(state.window)
-    if options.places_of_sums is None:
-        return dataclasses.replace(state, window=window)
-    mine = next(iter(window.grads.values())) if options.by_loss else window.grads
-    return dataclasses.replace(state, window=dataclasses.replace(window, grads=options.in_place(window.grads, [*mine])))
 
 
 def check_key(key: Any) -> None:
@@ -132,7 +119,7 @@ def adopted_state(
     options: Options, other: Options, state: TrainState, *, configuration: str
 ) -> tuple[TrainState, Adoption]:
     """A state with what fits of that of other options, and what became of the rest."""
-    state = _in_layout(options, state)
+    state = in_layout(options, state)
     opt_state, report = options.optim.adopt(other.optim, state.opt_state, state.params)
     scale_state, ema = None, None
     if options.loss_scale is not None:
@@ -143,64 +130,9 @@ def adopted_state(
         found, report = adopted_ema(fresh, decays, state.ema or {}, its.decays if its else {}, report)
         ema = found or None
         if mine is not None and options.optim.layout is not None:
-            ema = jax.device_put(ema, _places(options, options.optim.layout, state.params)["ema"])
+            ema = jax.device_put(ema, places(options, options.optim.layout, state.params)["ema"])
     new = dataclasses.replace(state, opt_state=opt_state, scale_state=scale_state, ema=ema, configuration=configuration)
     return new, report
-
-
-def warn_elsewhere(options: Options, state: TrainState) -> None:
-    """Warns of a state that lies elsewhere than the layout of its update says, as one of another layout does."""
-    layout = options.optim.layout
-    if layout is None:
-        return
-    there = as_it_was(state)
-    held = flatten({"params": there.params, "opt_state": there.opt_state, "ema": there.ema})
-    for path, place in flatten(_places(options, layout, there.params)).items():
-        lies, dimensions = committed_sharding(held.get(path)), len(getattr(held.get(path), "shape", ()))
-        if lies is not None and not lies.is_equivalent_to(place, dimensions):
-            warn(
-                f"the state's {path!r} lies in {_in_words(lies)}, and the layout of the optimizer has it in"
-                f" {_in_words(place)}: it stays where it is, and each update moves it there and back. Bring the state"
-                " to its place, state, report = update.adopt(update, state), and a checkpoint by"
-                " restore(like=update.abstract(params))"
-            )
-            return
-
-
-def _in_words(sharding: Any) -> str:
-    if not isinstance(sharding, jax.NamedSharding):
-        return str(sharding)
-    mesh = " x ".join(f"{axis} {size}" for axis, size in sharding.mesh.shape.items())
-    return f"{written(sharding.spec)} over {mesh}, memory {sharding.memory_kind!r}"
-
-
-def _places(options: Options, layout: Layout, params: PyTree) -> dict[str, Any]:
-    """Where a layout has what there is of every parameter, as the fields of a state."""
-    of_params, averages = layout.shardings(params), options.averages
-    return {
-        "params": of_params,
-        "opt_state": options.optim.shardings(of_params),
-        "ema": averages and averages.shardings(of_params, jax.NamedSharding(layout.mesh, jax.P())),
-    }
-
-
-def _in_layout(options: Options, state: TrainState) -> TrainState:
-    """A state whose params lie where a layout has them, and what is of no params on the devices of its mesh."""
-    layout = options.optim.layout
-    if layout is None:
-        return state
-    devices, everywhere = {*layout.mesh.devices.flat}, jax.NamedSharding(layout.mesh, jax.P())
-
-    def at(leaf: Any, sharding: Any) -> Any:
-        return leaf if leaf.sharding.is_equivalent_to(sharding, leaf.ndim) else jax.device_put(leaf, shortest(sharding))
-
-    def on_its_devices(leaf: Any) -> Any:
-        return leaf if leaf.sharding.device_set == devices else jax.device_put(leaf, everywhere)
-
-    others = (state.model_state, state.key, state.scale_state)
-    model_state, key, scale_state = jax.tree.map(on_its_devices, others)
-    params = jax.tree.map(at, state.params, layout.shardings(state.params))
-    return dataclasses.replace(state, params=params, model_state=model_state, key=key, scale_state=scale_state)
 
 
 def _made_of(options: Options, params: PyTree) -> dict[str, Any]:

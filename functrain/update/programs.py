@@ -19,11 +19,11 @@ from functrain.tree.paths import flatten
 from functrain.tree.text import listed
 from functrain.update.checks import check_batch_of_all
 from functrain.update.consumed import check_not_deleted
-from functrain.update.initial import warn_elsewhere
 from functrain.update.metrics import Metrics
 from functrain.update.options import Settings
 from functrain.update.packed import Form, consume, pack, packed_leaves, unpack
 from functrain.update.phases import Phase, Turn
+from functrain.update.placing import check_places
 from functrain.update.precision import check_products
 from functrain.update.state import TrainState
 from functrain.update.step import Step
@@ -203,7 +203,7 @@ class Programs:
         if program is None:
             self._check_parts(call)
             if all(known != form for _, known in self.kept):
-                warn_elsewhere(self.options, state)
+                check_places(self.options, state, batch)
             program = Program(self._stages[call.stage], call, form, functools.partial(self._batches.see, (call, form)))
             self._check_precision(program, call, (state, batch, settings))
             self._check_unmoved(program, call, (state, batch, settings))

@@ -158,6 +158,8 @@ class Update(Calls):
             raise UpdateError("pure can't ask phase= for a step that is traced: use update(...) or update.scan(...)")
         if self.cycle > 1:
             check_cycle(batch, self.cycle, self._cycle_in_words)
+        if self.optim.layout is not None:
+            batch = self.optim.layout.constrained(batch, stacked=self.cycle > 1)
         settings = self._settings(lr, set)
         steps = self.stages[stage_of(self.optim, state.step, self.schedule.cycle, "pure")]
         if self.schedule.alternates:

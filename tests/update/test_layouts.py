@@ -214,6 +214,40 @@ def test_collectives_flops_and_memory_are_those_of_a_step_by_hand(name):
         assert abs(getattr(memory[0], kind) - getattr(memory[1], kind)) <= 64
 
 
+@pytest.mark.parametrize("place", [lambda batch: jax.device_put(batch, jax.devices()[1]), "another mesh"])
+def test_a_batch_on_other_devices_is_told_how_it_comes_to_those_of_the_layout(place):
+    if place == "another mesh":
+        of_two = jax.NamedSharding(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]), P("data"))
+        place = functools.partial(jax.device_put, device=of_two)
+    update = ft.make_update(loss_fn, optimizer_of(layout_of("data")))
+    with pytest.raises(
+        ft.UpdateError, match=r"'x' of the batch lies on . device\(s\), and not on the 8 of the layout's"
+    ):
+        update(update.init(start()), place(BATCHES[0]))
+
+
+def test_params_on_another_mesh_are_told_in_a_loop_of_ones_own():
+    of_two = jax.NamedSharding(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]), P())
+    with pytest.raises(
+        ft.OptimizerError, match=r"'head/bias' lies on 2 device\(s\), and not on the 8 of the layout's mesh"
+    ):
+        optimizer_of(layout_of("zero")).init(jax.device_put(start(), of_two))
+
+
+def test_a_state_of_one_device_is_told_how_it_comes_to_those_of_the_layout():
+    state = ft.make_update(loss_fn, optimizer_of(None)).init(start())
+    update = ft.make_update(loss_fn, optimizer_of(layout_of("zero")))
+    with pytest.warns(UserWarning, match=r"the state's 'opt_state/body/0/count' lies on one device, and the lay"):
+        update(state, BATCHES[0])
+
+
+def test_in_a_jit_of_ones_own_a_batch_is_cut_as_well():
+    update = ft.make_update(loss_fn, optimizer_of(layout_of("data")))
+    compiled = jax.jit(update.pure).lower(update.init(start()), BATCHES[0]).compile()
+    called = update.lower(update.init(start()), BATCHES[0]).compile()
+    assert compiled.cost_analysis()["flops"] <= 1.01 * called.cost_analysis()["flops"]
+
+
 # Adapters on a frozen backbone.
 
 

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import functrain as ft
-from functrain.update.initial import with_window_in_place
+from functrain.update.placing import with_window_in_place
 
 AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
 
