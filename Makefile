@@ -8,6 +8,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
 ROOM ?= tree
+# A test may take as long as it takes.
+LONG = $(BIN)/pytest -q -o faulthandler_timeout=0
 
 .PHONY: demo test check lint soak bench clean
 
@@ -27,18 +29,18 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 soak: .venv/.dev
-	SOAK=100 $(BIN)/pytest -q -n 2 tests/loop/test_resume.py -k "killed_at_random or phases_killed"
+	SOAK=100 $(LONG) -n 2 tests/loop/test_resume.py -k "killed_at_random or phases_killed"
 	$(BIN)/python tests/attack --most 500
 	-$(BIN)/python tests/attack --most 100 --orbax
-	SOAK=20 $(BIN)/pytest -q -n 2 tests/optim/test_multi_transform.py tests/auditing/test_audit.py \
+	SOAK=20 $(LONG) -n 2 tests/optim/test_multi_transform.py tests/auditing/test_audit.py \
 	  tests/gradients/test_routes.py
-	SOAK=20 $(BIN)/pytest -q -n 2 tests/optim/test_optax_own.py tests/optim/test_all_of_optax.py
-	SOAK=50 $(BIN)/pytest -q -s tests/loop/checkpoint/test_remote_kills.py -k again_and_again
-	SOAK=20 $(BIN)/pytest -q -n 2 tests/update/test_extra_arguments.py tests/loop/test_waiting.py
-	SOAK=2 $(BIN)/pytest -q -n 2 tests/update/test_layouts.py
-	SOAK=2 $(BIN)/pytest -q tests/loop/test_to_mlflow.py tests/loop/test_to_wandb.py tests/loop/test_start.py
-	SOAK=20 $(BIN)/pytest -q tests/loop/test_processes.py tests/loop/test_layouts_over_processes.py
-	SOAK=2 $(BIN)/pytest -q -n 2 tests/loop/test_resume.py tests/loop/test_unfailing.py tests/loop/test_autopsy.py \
+	SOAK=20 $(LONG) -n 2 tests/optim/test_optax_own.py tests/optim/test_all_of_optax.py
+	SOAK=50 $(LONG) -s tests/loop/checkpoint/test_remote_kills.py -k again_and_again
+	SOAK=20 $(LONG) -n 2 tests/update/test_extra_arguments.py tests/loop/test_waiting.py
+	SOAK=2 $(LONG) -n 2 tests/gradients tests/mesh tests/optim tests/update
+	SOAK=2 $(LONG) tests/loop/test_to_mlflow.py tests/loop/test_to_wandb.py tests/loop/test_start.py
+	SOAK=20 $(LONG) tests/loop/test_processes.py tests/loop/test_layouts_over_processes.py
+	SOAK=2 $(LONG) -n 2 tests/loop/test_resume.py tests/loop/test_unfailing.py tests/loop/test_autopsy.py \
 	  tests/loop/checkpoint/test_remote_kills.py
 
 bench: .venv/.bench

@@ -7,9 +7,10 @@ import textwrap
 import warm
 
 ROOT = pathlib.Path(__file__).parents[3]
+SAFETY = 180  # Seconds after which a process hangs.
 
 PRELUDE = """
-    import contextlib, json, os, pathlib, resource, sys, time, warnings
+    import contextlib, json, os, pathlib, resource, signal, sys, time, warnings
     import jax, jax.numpy as jnp, numpy as np, optax
     jax.config.update("jax_platforms", "cpu")
     import functrain as ft
@@ -40,5 +41,5 @@ def start(script, *arguments):
 def run(script, *arguments):
     """What a script prints, and its exit code."""
     process = start(script, *arguments)
-    output, errors = process.communicate()
+    output, errors = process.communicate(timeout=SAFETY)
     return subprocess.CompletedProcess(script, process.returncode, output, errors)
