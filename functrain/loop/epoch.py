@@ -1,13 +1,13 @@
 """One epoch of batches that are found by their number."""
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 import grain
 
 from functrain.errors import DataError
-from functrain.loop.threads import started
+from functrain.loop.threads import LOOK, started
 
 
 class Epoch(grain.DatasetIterator):  # type: ignore[misc]
@@ -56,7 +56,8 @@ class Epoch(grain.DatasetIterator):  # type: ignore[misc]
                 future: Future[dict[str, Any]] = Future()
                 started(_read, self._batch, number, future)
                 self._ahead[number] = future
-        self._ahead[self._next].exception()
+        while not self._ahead[self._next].done():
+            wait([self._ahead[self._next]], LOOK)
         return self._ahead.pop(self._next).result()
 
 

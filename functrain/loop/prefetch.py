@@ -1,5 +1,6 @@
 """Batches that are read while the ones before them are computed with."""
 
+import contextlib
 import copy
 import queue
 import threading
@@ -8,7 +9,7 @@ from typing import Any
 
 import jax
 
-from functrain.loop.threads import ended, started
+from functrain.loop.threads import LOOK, ended, started
 
 
 class Prefetched:
@@ -44,7 +45,7 @@ class Prefetched:
             raise StopIteration
         if self._thread is None:
             self._thread = started(self._read_all)
-        batch, position, error = self._read.get()
+        batch, position, error = self._awaited()
         if error is not None:
             self._is_over = True
             raise error
@@ -62,6 +63,11 @@ class Prefetched:
         self._to_read.release()
         if self._thread is not None:
             ended(self._thread)
+
+    def _awaited(self) -> tuple[Any, Any, BaseException | None]:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._read.get(timeout=LOOK)
 
     def _read_all(self) -> None:
         with jax.enable_x64(self._x64), jax.default_device(self._device):

@@ -7,6 +7,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+# Seconds after which one that waits for a thread waits anew: a signal that comes just as a wait begins, or to another
+# thread, does not end it.
+LOOK = 0.5
 _PATIENCE = 0.5  # Seconds.
 
 _started: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()

@@ -1,7 +1,9 @@
 """Batches that are read in advance: the run is the same to the bit, and stands where it would have stood."""
 
+import signal
 import socket
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,10 @@ import warm
 
 import functrain as ft
 from functrain.loop.batches import put_ahead
+from functrain.loop.epoch import Epoch
+from functrain.loop.prefetch import Prefetched
 from functrain.loop.reader import Reader
+from functrain.loop.signals import StopSignals
 
 SAFETY = 60  # Seconds after which what is waited for does not come.
 
@@ -102,6 +107,28 @@ def test_a_run_that_was_cut_short_goes_on_with_the_next_batch(tmp_path):
     whole = run(tmp_path / "whole", 8)
     run(tmp_path / "in two", 3)
     assert runs.bits_of(run(tmp_path / "in two", 8)) == runs.bits_of(whole)
+
+
+@pytest.mark.parametrize("reads", ["prefetch", "read_ahead"])
+def test_a_signal_that_another_thread_takes_ends_the_wait_for_what_is_read(reads):
+    """As one does that comes just as the wait begins: it wakes nobody."""
+    goes_on = threading.Event()
+
+    def read(number):
+        if not goes_on.is_set():
+            time.sleep(0.1)  # Until it is waited for.
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+            assert goes_on.wait(SAFETY)
+        return {"x": np.float32([number])}
+
+    batches = Epoch(read, 1, read_ahead=1)
+    if reads == "prefetch":
+        batches = Prefetched(Epoch(read, 1, read_ahead=0), 1, prepare=lambda batch: batch)
+    with StopSignals() as signals:
+        found = signals.awaited(next, batches)
+        goes_on.set()
+        assert found is None
+    assert next(batches) == {"x": np.float32([0])}
 
 
 def test_an_error_of_the_data_is_raised_at_its_batch():
