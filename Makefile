@@ -37,11 +37,8 @@ soak: .venv/.dev
 	SOAK=20 $(LONG) -n 2 tests/optim/test_optax_own.py tests/optim/test_all_of_optax.py
 	SOAK=50 $(LONG) -s tests/loop/checkpoint/test_remote_kills.py -k again_and_again
 	SOAK=20 $(LONG) -n 2 tests/update/test_extra_arguments.py tests/loop/test_waiting.py
-	SOAK=2 $(LONG) -n 2 tests/gradients tests/mesh tests/optim tests/update
-	SOAK=2 $(LONG) tests/loop/test_to_mlflow.py tests/loop/test_to_wandb.py tests/loop/test_start.py
+	SOAK=2 $(LONG) -n 2 tests
 	SOAK=20 $(LONG) tests/loop/test_processes.py tests/loop/test_layouts_over_processes.py
-	SOAK=2 $(LONG) -n 2 tests/loop/test_resume.py tests/loop/test_unfailing.py tests/loop/test_autopsy.py \
-	  tests/loop/checkpoint/test_remote_kills.py
 
 bench: .venv/.bench
 	$(BIN)/python benchmarks/partition.py

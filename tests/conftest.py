@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, so that sharding is tested wherever the tests run."""
 
+import gc
 import itertools
 import os
 import platform
@@ -55,6 +56,13 @@ def pytest_configure(config):
     for name, value in kept.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+def pytest_collection_finish():
+    """What was imported stays, and is looked through for garbage no more; a trace makes far more objects than 700."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.hookimpl(trylast=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import warm
+from soak import in_soak
 from test_examples import EXAMPLES, run
 
 import functrain as ft
@@ -38,13 +39,22 @@ def history(out):
     return [{k: v for k, v in row.items() if k not in untimed} for row in ft.read_json_lines(out / "log.jsonl")]
 
 
-def test_fit_digits_learns_and_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+def test_fit_digits_learns_and_started_again_says_so(tmp_path):
+    whole = tmp_path / "whole"
     output = run(*fit_digits(whole))
     assert float(re.search(r"^test accuracy (\d\.\d{3})$", output, re.MULTILINE)[1]) >= 0.93
     matrix = [[int(n) for n in row.split()] for row in re.findall(r"^ ?\[+([ \d]+)\]+$", output, re.MULTILINE)]
     assert np.sum(matrix) == 360
 
+    ended = run(*fit_digits(whole))
+    assert "epoch" not in ended
+    assert results_in(ended) == results_in(output)
+
+
+@in_soak
+def test_fit_digits_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not_been(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    output = run(*fit_digits(whole))
     kill_after("epoch  2", *fit_digits(cut))
     again = run(*fit_digits(cut))
     epochs = [int(epoch) for epoch in re.findall(r"^epoch +(\d+)", again, re.MULTILINE)]
@@ -52,10 +62,6 @@ def test_fit_digits_learns_and_killed_in_the_middle_of_an_epoch_ends_as_if_it_ha
     assert epochs[0] > 1  # It did go on.
     assert results_in(again) == results_in(output)
     assert history(cut) == history(whole)
-
-    ended = run(*fit_digits(cut))
-    assert "epoch" not in ended
-    assert results_in(ended) == results_in(output)
 
 
 # Fine-tuning

@@ -68,10 +68,9 @@ def check_is_one_run(of_all, alone):
 ALL = [*itertools.product(("dp", "fsdp", "zero", "tp", "2d", "host"), (1, 2, 4))]
 
 
+@in_soak
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "processes"), [each if each == ("2d", 2) else pytest.param(*each, marks=in_soak) for each in ALL]
-)
+@pytest.mark.parametrize(("layout", "processes"), ALL)
 def test_a_layout_trains_evaluates_and_logs_over_processes_as_data_parallel_does_in_one(
     alone, tmp_path, layout, processes
 ):

@@ -24,19 +24,19 @@ MODULES = [
     "transforms._combining_test",
     "transforms._freezing_test",
     "transforms._clipping_test",
-    "transforms._accumulation_test",
     "schedules._inject_test",
     "tree_utils._state_utils_test",
-    "contrib._sam_test",
     "contrib._schedule_free_test",
     "transforms._monitoring_test",
     "transforms._conditionality_test",
-    "contrib._reduce_on_plateau_test",
     "_src.combine_test",
     "_src.transform_test",
 ]
 # `make soak` runs these too. Of Muon there are tests of our own.
 LONG = [
+    "contrib._sam_test",
+    "transforms._accumulation_test",
+    "contrib._reduce_on_plateau_test",
     "contrib._complex_valued_test",
     "transforms._layouts_test",
     "contrib._privacy_test",

@@ -1,5 +1,6 @@
 """Matrices that a transform treats alike are stacked: the same updates and the same state, by a smaller program."""
 
+import itertools
 import re
 from collections import Counter
 
@@ -11,6 +12,7 @@ import optax.contrib
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from soak import some
 
 import functrain as ft
 from functrain.optim.describe import makeup
@@ -79,7 +81,7 @@ def products(tx, params):
     return str(jax.make_jaxpr(tx.update)(params, state, params)).count("dot_general")
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", some(TRANSFORMS, 2))
 def test_updates_and_states_are_those_of_the_transform(name):
     params = whole()
     assert_close(stepped(ft.stacked(TRANSFORMS[name]), params), stepped(TRANSFORMS[name], params))
@@ -172,8 +174,7 @@ def laid_out(name, axis_type, tx, stacks=True):
     return optim, layout.put(params), mesh
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("axis_type", "name"), some(itertools.product([AxisType.Auto, AxisType.Explicit], LAYOUTS), 2))
 def test_over_devices_updates_are_the_same_and_everything_stays_where_it_was(name, axis_type):
     tx = ft.with_lr(optax.contrib.muon, 0.1)
     optim, params, mesh = laid_out(name, axis_type, tx)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from linear import batches_of, leaves_of, linear_params, loss_fn, optimizer_of, run
+from soak import some
 
 import functrain as ft
 
@@ -47,7 +48,7 @@ def summed(params, batch):
     return ft.Loss(loss_fn(params, batch), weight=len(batch), metrics={"n": 1, "each": batch[:, 0]})
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", some(PLACES, 2))
 @pytest.mark.parametrize(
     ("accumulate", "programs"),
     [

@@ -1,6 +1,7 @@
 """An update whose optimizer has a layout: each call of it over eight devices, as on one device, and as by hand."""
 
 import functools
+import itertools
 import re
 import warnings
 
@@ -13,7 +14,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from meshes import BATCHES, RULES, layout_of, loss_fn, mesh, optimizer_of, shardings, stacked, start
-from soak import in_soak
+from soak import in_soak, some
 
 import functrain as ft
 from functrain.tree.arrays import shortest
@@ -374,8 +375,12 @@ def reductions(layout, skip=False, **options):
     return len(small.findall(compiled.as_text()))
 
 
-@pytest.mark.parametrize("name", ["fsdp", "both", "both, zero", "tensor"])
-@pytest.mark.parametrize("options", [{"clip_norm": 0.1}, {"clip_norm": 0.1, "clip_by": "tensor"}, {"skip": True}])
+NORMS = [{"clip_norm": 0.1}, {"clip_norm": 0.1, "clip_by": "tensor"}, {"skip": True}]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), some(itertools.product(NORMS, ["both, zero", "fsdp", "tensor", "both"]), 3)
+)
 def test_a_norm_is_one_collective_however_many_leaves_it_is_of(name, options):
     layout = layout_of(name)
     assert reductions(layout, **options) - reductions(layout) == 1

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from linear import run_with_rows as run
+from soak import some
 
 import functrain as ft
 from functrain.update.phases import period
@@ -256,7 +257,7 @@ def test_a_phase_compiles_the_backward_pass_of_its_own_parts_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("accumulate", "options"),
-    [(1, {}), (2, {}), (1, {"same_batch": True}), (1, {"same_batch": True, "repeat": 2}), (2, {"repeat": 2})],
+    some([(1, {}), (2, {}), (1, {"same_batch": True}), (2, {"repeat": 2}), (1, {"same_batch": True, "repeat": 2})], 2),
 )
 def test_scan_and_pure_leave_the_bits_of_call_after_call(accumulate, options):
     update, state = started(gan(**options), accumulate=accumulate)
