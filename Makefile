@@ -4,7 +4,7 @@
 #   make check ROOM=optim  in half a minute: lint, types, and of one room (tree, mesh, gradients, optim, update,
 #                          auditing, planning, loop, cli) the examples in its docstrings and its tests, without those
 #                          that are marked slow.
-#   make soak, make bench  runs attacked at every operation on files, laws drawn 160 to 600 times; what things cost.
+#   make soak, make bench  all cases of all tests, runs attacked at every operation on files; what things cost.
 PYTHON ?= python3
 BIN = .venv/bin
 ROOM ?= tree

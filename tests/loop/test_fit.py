@@ -1,6 +1,7 @@
 """What `fit` does between two updates, and that it changes nothing in them."""
 
 import copy
+import gc
 import json
 import re
 import subprocess
@@ -391,6 +392,7 @@ def test_a_run_that_goes_on_has_memory_for_one_state_alone(tmp_path):
     wide = {"w": jnp.ones((64, 1024))}
     optim = ft.Optimizer(ft.partition(wide, {"all": ...}), {"all": optax.adam(0.1)})
     update = ft.make_update(lambda params, batch: jnp.mean((params["w"] * batch["x"][0]) ** 2), optim)
+    gc.collect()  # The arrays of other tests.
     before, held = sum(array.nbytes for array in jax.live_arrays()), []
 
     class Held(ft.Hook):

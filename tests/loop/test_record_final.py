@@ -1,5 +1,6 @@
 """The final evaluation of a run, and a record in a loop of one's own."""
 
+import gc
 import json
 import os
 import signal
@@ -172,6 +173,7 @@ def test_of_several_best_states_one_at_a_time_is_in_memory(tmp_path):
     final = ft.Evaluation(lambda params, batch: {"loss": batch["y"]}, Counting(), name="test")
     valid = [scripted(1, 3, 2, 2, name="a"), scripted(3, 3, 1, 2, name="b")]
     checkpoints = saved(tmp_path, keep_best={"a/loss": "max", "b/loss": "min"})
+    gc.collect()  # The arrays of other tests.
     fitted(tmp_path, record_of(tmp_path, final=final), 4, evaluation=valid, checkpoints=checkpoints)
     assert [entry["step"] for entry in read(tmp_path, "results.json")["final"]] == [20, 10, 15]
     assert counts[-1] == counts[len(counts) // 2]

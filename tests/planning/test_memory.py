@@ -1,5 +1,6 @@
 """Bytes that each device holds: those of its shards, and what a backward pass keeps."""
 
+import gc
 import json
 
 import jax
@@ -108,6 +109,7 @@ def test_phases_are_given_the_metrics_of_those_before_them():
 
 
 def test_no_array_is_made_and_what_is_planned_can_be_written_as_json():
+    gc.collect()  # The arrays of other tests.
     before = len(jax.live_arrays())
     params = {"body": {"kernel": shape(2**20, 2**12)}, "head": shape(2**12, 1)}  # 16 GiB, twice that of state.
 
