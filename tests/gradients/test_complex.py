@@ -1,10 +1,13 @@
 """Complex parameters train as their real and imaginary parts would."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from soak import some
 
 import functrain as ft
 
@@ -63,9 +66,7 @@ def trained(loss_fn, params, tx, clip_norm=None, **options):
     return state.params
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("tx", TRANSFORMS)
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("clip_norm", "tx", "options"), some(itertools.product([None, 0.5], TRANSFORMS, OPTIONS), 3))
 def test_complex_parameters_train_as_their_two_real_parts(options, tx, clip_norm):
     arguments = TRANSFORMS[tx], clip_norm
     ours = trained(complex_loss, complex_params(), *arguments, **OPTIONS[options])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import warm
 from runs import Recorder, counted, scripted, update_of
-from soak import SOAK
+from soak import SOAK, some
 from test_logs import events
 
 import functrain as ft
@@ -92,7 +92,7 @@ def shown(directory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("disk", ["freed", "full"])
+@pytest.mark.parametrize("disk", some(["freed", "full"], 2))
 def test_a_full_disk_ends_no_run_and_what_it_did_not_take_is_written_when_it_has_room(tmp_path, disk):
     mount = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"]), "sh", "-c"]
     script = f'mount -t tmpfs -o size=200k none {tmp_path / "disk"} && exec "$@"'

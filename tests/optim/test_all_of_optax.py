@@ -92,7 +92,7 @@ def test_the_list_is_that_of_optax():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rate", RATES if SOAK > 1 else ["plain", "schedule"])
+@pytest.mark.parametrize("rate", RATES if SOAK > 1 else ["schedule"])
 @pytest.mark.parametrize("name", NAMES)
 def test_three_steps_compile_once_and_keep_the_types_of_params_and_state(name, rate):
     optim, params, step = make(name, rate)

@@ -1,5 +1,6 @@
 """A folder of checkpoints: which survive, which is best, and what they are called."""
 
+import itertools
 import math
 import pathlib
 
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from soak import some
 from states import at, batch_of, copied, everything, like, names, one_part, saved, simple, updated
 from trees import bits, says
 
@@ -279,9 +281,8 @@ AWKWARD = [
 ]
 
 
-@pytest.mark.parametrize("name", AWKWARD)
-@pytest.mark.parametrize("inner", [".", "run/checkpoints"])
-def test_any_name_of_a_folder_will_do(tmp_path, name, inner):
+@pytest.mark.parametrize(("inner", "name"), some(itertools.product([".", "run/checkpoints"], AWKWARD), 3))
+def test_any_name_of_a_folder_will_do(tmp_path, inner, name):
     update, params, state = updated(1)
     directory = tmp_path / name / inner
     with ft.Checkpoints(directory, keep_last=1) as checkpoints:
