@@ -19,19 +19,23 @@ from functrain.update.state import TrainState
 from functrain.update.step import Step
 from functrain.update.update import Update
 
+_PAIRS = 16  # Of parts that are compared, at most: a mask may leave the same of some.
+
 
 class _Apart(NamedTuple):
     """How a batch is taken apart.
 
     Attributes:
-      two: from a batch to two of its parts, the second the first where there is no other.
+      parts: how many there are.
+      two: from a batch and a number to its part of that number, and the one after it.
       joined: from two parts to a batch of both.
       what: what is said of it.
       part: what a part is called.
       advice: what to write instead.
     """
 
-    two: Callable[[Any], tuple[Any, Any]]
+    parts: int
+    two: Callable[[Any, Any], tuple[Any, Any]]
     joined: Callable[[Any, Any], Any]
     what: str
     part: str
@@ -57,23 +61,32 @@ def tell_of_no_mean(update: Update, state: TrainState, batch: Any) -> None:
         is_random = state.key is not None and "key" in accepted_context(phase.loss_fn)
         if is_random:
             continue
-        found = jax.jit(functools.partial(_compared, step, apart))
-        pairs = found(state.params, state.model_state, np.int32(state.step), batch)
-        once, twice, means, together = (jax.tree.map(float, values) for values in pairs)
-        for name in once:
-            if _differ(once[name], twice[name]):
-                warn(
-                    f"{apart.what}: of {apart.part} {name_of(phase.loss_fn)} returns the {name!r} {once[name]:.6g}, of"
-                    f" the same twice {twice[name]:.6g}, so that it is no mean over examples; {apart.advice}, or return"
-                    " a sum as a mean, ft.Loss(sum / count, weight=count)"
-                )
-            elif name in means and _differ(means[name], together[name]):
-                warn(
-                    f"{apart.what}: {name_of(phase.loss_fn)} returns the {name!r} {together[name]:.6g} of two parts of"
-                    f" it together, and of each by itself such that their mean, by its weight, is {means[name]:.6g};"
-                    " return what its mean is over, such as unmasked tokens, ft.Loss(mean, weight=mask.sum()), or"
-                    f" {apart.advice}"
-                )
+        compared, told = jax.jit(functools.partial(_compared, step, apart)), set[str]()
+        for number in range(min(max(apart.parts - 1, 1), _PAIRS)):
+            found = compared(state.params, state.model_state, np.int32(state.step), batch, np.int32(number))
+            for name, values in found.items():
+                message = _message(apart, name_of(phase.loss_fn), name, *map(float, values))
+                if message and name not in told:
+                    told.add(name)
+                    warn(message)
+
+
+def _message(
+    apart: _Apart, loss_fn: str, name: str, once: float, twice: float, mean: float, together: float
+) -> str | None:
+    if _differ(once, twice):
+        return (
+            f"{apart.what}: of {apart.part} {loss_fn} returns the {name!r} {once:.6g}, of the same twice {twice:.6g},"
+            f" so that it is no mean over examples; {apart.advice}, or return a sum as a mean, ft.Loss(sum / count,"
+            " weight=count)"
+        )
+    if _differ(mean, together):
+        return (
+            f"{apart.what}: {loss_fn} returns the {name!r} {together:.6g} of two parts of it together, and of each by"
+            f" itself such that their mean, by its weight, is {mean:.6g}; return what its mean is over, such as"
+            f" unmasked tokens, ft.Loss(mean, weight=mask.sum()), or {apart.advice}"
+        )
+    return None
 
 
 def _apart(options: Options, batch: Any) -> _Apart | None:
@@ -81,6 +94,7 @@ def _apart(options: Options, batch: Any) -> _Apart | None:
     if options.per_example is not None:
         count = len(jax.tree.leaves(batch)[0])
         return _Apart(
+            count,
             functools.partial(_two_slices, count),
             _joined,
             f"per_example= has the loss of each of the {count} examples by itself, which is not that of the batch",
@@ -89,6 +103,7 @@ def _apart(options: Options, batch: Any) -> _Apart | None:
         )
     if options.by_shard is None:
         return _Apart(
+            options.microbatches,
             functools.partial(_two_slices, options.microbatches),
             _joined,
             f"microbatches={options.microbatches} computes another loss than the whole batch has",
@@ -99,6 +114,7 @@ def _apart(options: Options, batch: Any) -> _Apart | None:
     if is_explicit(layout.mesh):
         return None  # There a slice of rows that are cut has no type.
     return _Apart(
+        layout.data_shards,
         functools.partial(_two_shards, layout),
         functools.partial(_joined_shards, layout),
         "reduce='window' computes another loss than the whole batch has, the mean of those of"
@@ -113,27 +129,27 @@ def _differ(one: float, other: float) -> bool:
     return bool(np.isfinite([one, other]).all() and not np.isclose(one, other, rtol=1e-2, atol=1e-4))
 
 
-def _two_slices(count: int, batch: Any) -> tuple[Any, Any]:
+def _two_slices(count: int, batch: Any, number: Any) -> tuple[Any, Any]:
     slices = sliced(batch, count)
-    first, second = (jax.tree.map(lambda leaf, at=at: leaf[at], slices) for at in (0, min(1, count - 1)))
-    return first, second
+    one, other = (jax.tree.map(lambda leaf, at=at: leaf[at % count], slices) for at in (number, number + 1))
+    return one, other
 
 
 def _joined(one: Any, other: Any) -> Any:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), one, other)
 
 
-def _two_shards(layout: Layout, batch: Any) -> tuple[Any, Any]:
+def _two_shards(layout: Layout, batch: Any, number: Any) -> tuple[Any, Any]:
     """The rows of two shards; what is not cut is the same in both."""
 
-    def rows(number: int) -> Any:
+    def rows(number: Any) -> Any:
         def of(leaf: Any, here: Any) -> Any:
             length = len(leaf) // layout.data_shards if _is_cut(here) else 0
-            return leaf[number * length : (number + 1) * length] if length else leaf
+            return jax.lax.dynamic_slice_in_dim(leaf, number * length, length) if length else leaf
 
         return each_with(of, layout.batch_shardings, batch)
 
-    return rows(0), rows(min(1, layout.data_shards - 1))
+    return rows(number % layout.data_shards), rows((number + 1) % layout.data_shards)
 
 
 def _joined_shards(layout: Layout, one: Any, other: Any) -> Any:
@@ -146,16 +162,16 @@ def _is_cut(here: Any) -> bool:
     return len(here.spec) > 0 and here.spec[0] is not None
 
 
-def _compared(step: Step, apart: _Apart, params: Any, model_state: Any, number: Any, batch: Any) -> Any:
-    """The losses of a part, of it twice; the means of those of two parts, and those of both, if no state changes."""
-    context, cast = Context(model_state=model_state, step=number), step.objective.cast(params)
-    one, other = apart.two(batch)
+def _compared(step: Step, apart: _Apart, params: Any, model_state: Any, count: Any, batch: Any, number: Any) -> Any:
+    """By name: the loss of a part, of it twice; the mean of two parts', that of both, if no state changes."""
+    context, cast = Context(model_state=model_state, step=count), step.objective.cast(params)
+    one, other = apart.two(batch, number)
     once, of_one = step.objective.losses(cast, one, context)
     twice, _ = step.objective.losses(cast, apart.joined(one, one), context)
     if [*map(id, jax.tree.leaves(of_one.model_state))] != [*map(id, jax.tree.leaves(model_state))]:
-        return once, twice, {}, {}
+        return {name: (once[name], twice[name], 0.0, 0.0) for name in once}
     values, of_other = step.objective.losses(cast, other, context)
     together, _ = step.objective.losses(cast, apart.joined(one, other), context)
     weights = [jnp.asarray(loss.weight, jnp.float32) for loss in (of_one, of_other)]
     means = {name: (once[name] * weights[0] + values[name] * weights[1]) / sum(weights) for name in once}
-    return once, twice, means, together
+    return {name: (once[name], twice[name], means[name], together[name]) for name in once}

@@ -45,12 +45,12 @@ def random(params, batch, key):
     return ft.Loss(mean(params, batch).value * jax.random.uniform(key))
 
 
-def warned(loss_fn, key=None, per_example=None, model_state=None, **options):
-    """What is said in a run of two epochs, with two slices a batch, or with each example by itself."""
+def warned(loss_fn, key=None, per_example=None, model_state=None, microbatches=2, weight=range(1, 9), **options):
+    """What is said in a run of two epochs, with slices of a batch, or with each example by itself."""
     optim = ft.Optimizer(ft.partition(PARAMS, {"all": ...}), {"all": optax.sgd(1e-3)})
-    apart = {"microbatches": 2} if per_example is None else {"per_example": per_example}
+    apart = {"microbatches": microbatches} if per_example is None else {"per_example": per_example}
     update = ft.make_update(loss_fn, optim, **apart)
-    data = [{"x": X, "weight": np.arange(1.0, 9.0, dtype=np.float32)}] * 2
+    data = [{"x": X, "weight": np.float32([*weight])}] * 2
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ft.fit(update, update.init(PARAMS, key=key, model_state=model_state), data, epochs=2, **options)
@@ -93,6 +93,12 @@ def test_a_mean_that_does_not_say_what_it_is_over_is_told_with_both_values():
     of = [float(masked(PARAMS, {"x": X[rows], "weight": weight[rows]})) for rows in (slice(0, 8, 2), slice(1, 8, 2))]
     expected = [float(masked(PARAMS, {"x": X, "weight": weight})), sum(of) / 2]
     np.testing.assert_allclose([*map(float, numbers.groups())], expected, rtol=1e-4)
+
+
+def test_a_mean_that_does_not_say_what_it_is_over_is_told_whichever_slices_the_mask_tells_apart():
+    weight = [1, 1, 1, 1, 1, 1, 0, 1]  # Of the third of four slices.
+    assert len(warned(masked, weight=weight, microbatches=4)) == 1
+    assert not warned(mean, weight=weight, microbatches=4)
 
 
 def test_statistics_of_a_batch_that_are_state_are_not_told_of():
